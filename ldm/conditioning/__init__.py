@@ -1,0 +1,1 @@
+"""Batch to conditioning: what the backbone is told beside the noisy latents."""

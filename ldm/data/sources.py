@@ -1,0 +1,73 @@
+"""Data modules that make their shards themselves, on first use: the quickstart's emoji, a user's folder.
+
+Packing a large folder takes hours: run `ldm data pack` once instead, and train on its shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from ldm.data.datamodule import ShardDataModule
+from ldm.data.emoji import EmojiSet
+from ldm.data.pack import listing, made_once, pack
+from ldm.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+class EmojiDataModule(ShardDataModule):
+    """`EmojiSet` as train and validation (held-out) shards; `options` are those of `ShardDataModule`."""
+
+    def __init__(
+        self,
+        cache_dir: str,
+        image_size: int = 64,
+        num_objects: int = 135,
+        num_backgrounds: int = 8,
+        held_out_seed: int = 0,
+        **options: Any,
+    ) -> None:
+        self.emoji_set = EmojiSet(image_size, num_objects, num_backgrounds, held_out_seed)
+        self.cache_dir = cache_dir
+        super().__init__(shards=[], image_size=image_size, validation_shards=[], **options)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Pack if need be, then index; the first process to finish packing wins."""
+        if not self.shards:
+            train, held_out = self.emoji_set.prepare(self.cache_dir)
+            self.shards, self.validation_shards = [str(p) for p in train], [str(p) for p in held_out]
+        super().setup(stage)
+
+
+class FolderDataModule(ShardDataModule):
+    """A folder that `pack` takes, as training shards; `options` are those of `ShardDataModule`.
+
+    The shards go into a folder of `cache_dir` (None: FOLDER.shards beside FOLDER) named after a digest of the
+    folder's listing, so that a changed folder is packed anew.
+    """
+
+    def __init__(
+        self, folder: str, cache_dir: str | None = None, samples_per_shard: int = 10_000, **options: Any
+    ) -> None:
+        self.folder = Path(folder).expanduser().absolute()
+        self.cache_dir = Path(cache_dir or self.folder.with_name(f"{self.folder.name}.shards"))
+        self.samples_per_shard = samples_per_shard
+        super().__init__(shards=[], **options)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Pack if need be, then index; the first process to finish packing wins."""
+        if not self.shards:
+            if not self.folder.is_dir():
+                raise InputError(f"data.folder={self.folder}", "no such folder", "give a folder of pictures")
+            state = f"{self.samples_per_shard}\n{listing(self.folder)}"
+            digest = hashlib.sha256(state.encode()).hexdigest()[:12]
+            out = made_once(self.cache_dir / f"{self.folder.name}-{digest}", self._pack)
+            self.shards = [str(path) for path in sorted(out.glob("*.tar"))]
+        super().setup(stage)
+
+    def _pack(self, out: Path) -> None:
+        for line in pack(self.folder, out, self.samples_per_shard).summary():
+            log.info("%s: %s", self.folder, line)

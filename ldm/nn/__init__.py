@@ -1,0 +1,1 @@
+"""Leaf layers that the networks share; they know neither levels nor diffusion."""

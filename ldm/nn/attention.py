@@ -1,0 +1,145 @@
+"""Attention over the pixels of a latent and over a context: b batch, c channels, h w size, l tokens, d width.
+
+State-dict names are those of diffusers; `to_q`, `to_k`, `to_v` are the only parameters of the projections.
+Pixels become tokens as [b h*w c], which of a channels_last tensor is a view.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.nn.checkpointing import run
+from ldm.nn.resnet import zeroed
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """[b c h w] -> [b h*w c]; a view if x is channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
+    """[b h*w c] -> [b c h w], a channels_last view."""
+    return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens to themselves or to a context, head width c / heads."""
+
+    def __init__(self, width: int, heads: int, context_width: int | None = None, bias: bool = False) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"attention of width {width} cannot be split into {heads} heads")
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=bias)
+        self.to_k = nn.Linear(context_width or width, width, bias=bias)
+        self.to_v = nn.Linear(context_width or width, width, bias=bias)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def attend(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """[b l c] -> [b l c]; `context` [b l' d], None: x itself; `mask` bool [b l'], False: ignored."""
+        context = x if context is None else context
+        q, k, v = (
+            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [b heads l c/heads]
+            for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        out = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None, :])
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        return self.attend(x, context, mask)
+
+
+class PixelAttention(Attention):
+    """The autoencoder's attention: one head over all pixels of [b c h w], with its own norm and skip."""
+
+    def __init__(self, channels: int, norm_groups: int, eps: float) -> None:
+        super().__init__(channels, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(norm_groups, channels, eps)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x + to_map(self.attend(to_tokens(self.group_norm(x))), *x.shape[2:])
+
+
+class GEGLU(nn.Module):
+    """Linear to twice the width, one half gated by the exact (erf) GELU of the other (Shazeer 2020)."""
+
+    def __init__(self, in_width: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_width, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width, and back."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context, feed-forward; each after a LayerNorm and around a skip."""
+
+    def __init__(self, width: int, heads: int, context_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, heads, context_dim)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2D(nn.Module):
+    """Transformer blocks over the pixels of a latent, inside a skip that starts as the identity.
+
+    `linear_projection`: the projections around the blocks are linear layers (SD 2, SDXL) and not 1x1
+    convolutions (SD 1): the same computation, other shapes of weights.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        depth: int,
+        heads: int,
+        *,
+        context_dim: int,
+        linear_projection: bool = False,
+        norm_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        self.linear_projection = linear_projection
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
+        self.proj_in = (
+            nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+        )
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, context_dim) for _ in range(depth)
+        )
+        self.proj_out = zeroed(
+            nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+        )
+
+    def forward(
+        self, x: Tensor, context: Tensor, mask: Tensor | None = None, recompute: bool = False
+    ) -> Tensor:
+        """[b c h w], context [b l d], mask bool [b l] -> [b c h w]."""
+        size = x.shape[2:]
+        h = self.norm(x)
+        h = self.proj_in(to_tokens(h)) if self.linear_projection else to_tokens(self.proj_in(h))
+        for block in self.transformer_blocks:
+            h = run(block, h, context, mask, recompute=recompute)
+        h = to_map(self.proj_out(h), *size) if self.linear_projection else self.proj_out(to_map(h, *size))
+        return x + h

@@ -1,0 +1,97 @@
+"""Random numbers that are a function of (seed, n, purpose): no generator, no state, no rank.
+
+Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in integer torch
+operations, so it gives the same bits on every device and can be captured in a CUDA graph. `keyed_normal`
+uses only operations that IEEE 754 rounds correctly (+, -, *, /, sqrt), in float64, for the same reason.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+
+
+def philox(counter: Sequence[Tensor], key: tuple[int, int], rounds: int = 10) -> list[Tensor]:
+    """Four words of random bits (int64 holding uint32) for each element of the four counter words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # products wrap modulo 2^64: all their bits are right
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & MASK) ^ c1 ^ k0,
+            p1 & MASK,
+            ((p0 >> 32) & MASK) ^ c3 ^ k1,
+            p0 & MASK,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
+    return [c0, c1, c2, c3]
+
+
+def keyed_bits(seed: int, n: Tensor, purpose: str, count: int) -> Tensor:
+    """Random words, int64 in [0, 2^32), [b, count]; row i depends on (seed, n[i], purpose) alone."""
+    blocks = -(-count // 4)
+    n = n.to(torch.int64).reshape(-1, 1)
+    block = torch.arange(blocks, device=n.device).reshape(1, -1)
+    zero = torch.zeros_like(n + block)
+    counter = [
+        (n & MASK) + zero,
+        ((n >> 32) & MASK) + zero,
+        block + zero,
+        zero + zlib.crc32(purpose.encode()),
+    ]
+    words = philox(counter, (seed & MASK, (seed >> 32) & MASK))
+    return torch.stack(words, dim=-1).reshape(len(n), 4 * blocks)[:, :count]
+
+
+def keyed_uniform(seed: int, n: Tensor, purpose: str, shape: Sequence[int] = ()) -> Tensor:
+    """Uniform numbers in (0, 1), both ends excluded, float32 [b, *shape], 2^-23 apart."""
+    bits = keyed_bits(seed, n, purpose, math.prod(shape))
+    return (((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23).reshape(len(n), *shape)
+
+
+def keyed_normal(seed: int, n: Tensor, purpose: str, shape: Sequence[int] = ()) -> Tensor:
+    """Standard normal numbers, float32 [b, *shape], by Box and Muller (1958)."""
+    count = math.prod(shape)
+    half = -(-count // 2)
+    bits = keyed_bits(seed, n, purpose, 2 * half).to(torch.float64)
+    radius = torch.sqrt(-2.0 * _log((bits[:, :half] + 0.5) * 2.0**-32))
+    cos, sin = _cos_sin_turn(bits[:, half:] * 2.0**-32)
+    normal = torch.cat([radius * cos, radius * sin], dim=1)[:, :count]
+    return normal.to(torch.float32).reshape(len(n), *shape)
+
+
+def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """Horner's rule, highest coefficient first."""
+    total = torch.full_like(x, coefficients[0])
+    for c in coefficients[1:]:
+        total = total * x + c
+    return total
+
+
+def _log(x: Tensor) -> Tensor:
+    """Natural logarithm of positive float64, error below 1e-13: log m + e log 2, log m by atanh's series."""
+    mantissa, exponent = torch.frexp(x)
+    small = mantissa < math.sqrt(0.5)
+    mantissa = torch.where(small, mantissa * 2, mantissa)
+    exponent = exponent.to(x.dtype) - small.to(x.dtype)
+    z = (mantissa - 1) / (mantissa + 1)  # |z| < 0.172
+    return 2 * z * _polynomial(z * z, [1 / (2 * k + 1) for k in range(8, -1, -1)]) + exponent * math.log(2)
+
+
+def _cos_sin_turn(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of 2 pi u for u in [0, 1), error below 1e-13: quadrant, then Taylor on |angle| <= pi / 4."""
+    quadrant = torch.floor(u * 4 + 0.5)
+    angle = (u - quadrant / 4) * (2 * math.pi)
+    a2 = angle * angle
+    cos = _polynomial(a2, [(-1) ** k / math.factorial(2 * k) for k in range(8, -1, -1)])
+    sin = angle * _polynomial(a2, [(-1) ** k / math.factorial(2 * k + 1) for k in range(7, -1, -1)])
+    odd, negative_cos = quadrant % 2 == 1, (quadrant == 1) | (quadrant == 2)
+    negative_sin = (quadrant == 2) | (quadrant == 3)
+    out_cos, out_sin = torch.where(odd, sin, cos), torch.where(odd, cos, sin)
+    return torch.where(negative_cos, -out_cos, out_cos), torch.where(negative_sin, -out_sin, out_sin)

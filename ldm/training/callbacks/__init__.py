@@ -1,0 +1,1 @@
+"""What happens beside the optimizer step: checkpoints, log, validation, pictures, progress. One file each."""

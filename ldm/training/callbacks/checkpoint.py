@@ -1,0 +1,178 @@
+"""Save and restore the whole run: weights, EMA, optimizer, place in the data. Resume is bit for bit on a CPU.
+
+Our own work rather than Lightning's: its checkpoints are pickles, are not atomic across file systems, and keep
+only rank 0's loader. A signal (Ctrl-C, TERM) only sets a flag; the save happens at the end of the step.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+
+from ldm.checkpoints import native
+from ldm.checkpoints.optimizer import flatten_optimizer, restore_optimizer
+from ldm.errors import InputError
+from ldm.training.callbacks.base import StepCallback
+from ldm.training.module import TrainingModule
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints(StepCallback):
+    """A checkpoint every `every` optimizer steps and at the end, the newest `keep_last` kept.
+
+    `folder`: where they go. `config`: resolved config as YAML text, stored in each. `networks`: frozen networks
+    trained here, name -> {"sha256", "path"}. `resume`: checkpoint directory to start from, or None. `init`:
+    checkpoint whose weights (EMA where there is one) a new run starts from.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        every: int,
+        keep_last: int = 2,
+        config: str = "",
+        networks: dict[str, Any] | None = None,
+        resume: Path | None = None,
+        init: Path | None = None,
+    ) -> None:
+        super().__init__()
+        if every < 1:
+            raise InputError("callbacks.checkpoint.every", f"{every}", "give a number of steps from 1")
+        self.folder, self.every, self.keep_last = folder, every, keep_last
+        self.config, self.networks, self.resume, self.init = config, networks or {}, resume, init
+        self.interrupted: int | None = None  # number of the signal that ended the run
+        self._saved_step = -1
+        self._seconds, self._started = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent training up to now, over all restarts, less what was lost."""
+        return self._seconds + time.perf_counter() - self._started
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        module = cast(TrainingModule, pl_module)
+        if trainer.is_global_zero:
+            native.clean(self.folder)
+        if self.resume is not None:
+            self.restore(trainer, module, self.resume)
+        elif self.init is not None:
+            load_weights(module, self.init)
+        super().on_fit_start(trainer, pl_module)
+        self._started = time.perf_counter()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._flag)
+
+    def _flag(self, number: int, frame: Any) -> None:
+        if self.interrupted is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
+        self.interrupted = number
+
+    def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        if step % self.every == 0 or self.interrupted is not None:
+            self.save(trainer, module)
+        if self.interrupted is not None:
+            log.info("signal %d: saved step %d, the same command goes on from here", self.interrupted, step)
+            trainer.should_stop = True
+
+    def save(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        """Write the checkpoint of the current step, unless it is there already; on rank 0."""
+        step = trainer.global_step
+        if not trainer.is_global_zero or step == self._saved_step:
+            return
+        assert module.ema is not None
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        tensors, settings = flatten_optimizer(trainer.optimizers[0], names_of(module))
+        batch = datamodule.global_batch_size if datamodule is not None else 0
+        state = {"step": step, "images": step * batch}
+        state |= {"seconds": self.seconds, "networks": self.networks, "optimizer": settings}
+        native.save(
+            self.folder,
+            step,
+            {"model": module.state_dict(), "ema": module.ema.state_dict(), "optimizer": tensors},
+            {
+                "state.json": state,
+                "data.json": datamodule.state(step * batch) if datamodule is not None else {},
+                "config.yaml": self.config,
+            },
+        )
+        native.prune(self.folder, self.keep_last)
+        self._saved_step = step
+
+    def restore(self, trainer: pl.Trainer, module: TrainingModule, path: Path) -> None:
+        """Take up the run at `path`: every rank reads the same files."""
+        state = native.load_document(path, "state.json")
+        load_strict(module, native.load_tensors(path, "model"), path)
+        assert module.ema is not None
+        module.ema.load_state_dict(native.load_tensors(path, "ema"))
+        restore_optimizer(
+            trainer.optimizers[0],
+            names_of(module),
+            native.load_tensors(path, "optimizer"),
+            state["optimizer"],
+        )
+        for name, entry in state["networks"].items():
+            mine = self.networks.get(name, {}).get("sha256")
+            if mine is not None and mine != entry["sha256"]:
+                raise InputError(
+                    f"{name}_from",
+                    f"this network has sha256 {mine[:12]}, the run was trained with {entry['sha256'][:12]}",
+                    "use the network that the run started with, or a new run_name",
+                )
+        # Lightning derives global_step from this counter; everything else of its loop state is ours or keyed.
+        loop = trainer.fit_loop.epoch_loop
+        loop.automatic_optimization.optim_progress.optimizer.step.total.completed = state["step"]
+        self._saved_step, self._seconds = state["step"], state["seconds"]
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if datamodule is not None:
+            data = native.load_document(path, "data.json")
+            datamodule.check_state(data)
+            datamodule.resume_at(data["samples"])
+        log.info("resumed from %s: step %s", path, state["step"])
+
+
+def names_of(module: TrainingModule) -> dict[torch.nn.Parameter, str]:
+    return {p: name for name, p in module.named_parameters() if p.requires_grad}
+
+
+def load_strict(module: torch.nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Load all of `module`, or say in one line which names or shapes disagree."""
+    own = module.state_dict()
+    missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    shapes = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
+    if missing or extra:
+        raise InputError(
+            str(path), f"{len(missing)} tensors missing ({missing[:2]}), {len(extra)} unknown ({extra[:2]})"
+        )
+    if shapes:
+        k = shapes[0]
+        raise InputError(
+            str(path), f"{k} has shape {list(tensors[k].shape)}, the config says {list(own[k].shape)}"
+        )
+    module.load_state_dict(tensors)
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of the module at `path`, with the EMA in the place of what it averages."""
+    tensors = native.load_tensors(path, "model")
+    if (path / "ema.safetensors").exists():
+        tensors |= native.load_tensors(path, "ema")
+    return tensors
+
+
+def load_weights(module: TrainingModule, path: Path) -> None:
+    """Weights only, from the EMA where there is one; the new run starts at step 0."""
+    load_strict(module, weights_of(path), path)
+    assert module.ema is not None
+    with torch.no_grad():
+        for average, parameter in zip(module.ema.average, module.ema.parameters, strict=True):
+            average.copy_(parameter)
+    log.info("weights from %s", path)

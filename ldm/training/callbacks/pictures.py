@@ -1,0 +1,95 @@
+"""Fixed prompts, fixed noise, EMA weights: the same grid every so many steps, to see the training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.diffusion.guidance import guided
+from ldm.pictures import contact_sheet, to_pil, to_uint8
+from ldm.random import keyed_normal
+from ldm.training.callbacks.base import StepCallback
+from ldm.training.module import TrainingModule, to_unit
+from ldm.types import Batch, Sampler
+
+
+class TextPictures(StepCallback):
+    """Samples `prompts` into folder/step-000001200.png, on rank 0; the others wait at their next all-reduce."""
+
+    def __init__(
+        self,
+        folder: Path,
+        every: int,
+        prompts: Sequence[str],
+        image_size: int,
+        sampler: Sampler,
+        num_steps: int = 30,
+        spacing: str = "trailing",
+        guidance_scale: float = 3.0,
+    ) -> None:
+        super().__init__()
+        self.folder, self.every, self.prompts, self.image_size = folder, every, list(prompts), image_size
+        self.sampler, self.num_steps, self.spacing = sampler, num_steps, spacing
+        self.guidance_scale = guidance_scale
+
+    def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        if step % self.every == 0 and trainer.is_global_zero and self.prompts:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            images = self.sample(trainer, module)
+            contact_sheet(images, self.prompts).save(self.folder / f"step-{step:09d}.png")
+
+    @torch.no_grad()
+    def sample(self, trainer: pl.Trainer, module: Any) -> list[Image.Image]:
+        """Pictures of the prompts from the EMA weights."""
+        autoencoder = module.frozen["autoencoder"]
+        conditioner = module.frozen.get("conditioner") or module.conditioner
+        size = self.image_size // autoencoder.factor
+        n = torch.arange(len(self.prompts), device=module.device)
+        shape = (autoencoder.latent_channels, size, size)
+        grid = module.noise_scheduler.grid(self.num_steps, self.spacing)
+
+        def noise(i: int) -> Tensor:
+            return keyed_normal(0, n, f"step-{i}", shape).to(module.dtype)
+
+        training = module.training
+        module.eval()
+        with module.ema.swapped(), trainer.precision_plugin.forward_context():
+            batch = Batch(n=n, weight=torch.ones(len(n), device=module.device), caption=self.prompts)
+            denoise = guided(
+                module.denoiser, conditioner(batch), conditioner.null(len(n)), self.guidance_scale
+            )
+            x = keyed_normal(0, n, "noise", shape).to(module.dtype) * grid[0].sigma
+            images = autoencoder.decode(self.sampler(denoise, x, grid, noise=noise))
+        module.train(training)
+        return to_pil(to_uint8(images))
+
+
+class ReconstructionPictures(StepCallback):
+    """Held-out pictures above their reconstructions into folder/step-000001200.png, from the EMA weights."""
+
+    def __init__(self, folder: Path, every: int, num_images: int = 8) -> None:
+        super().__init__()
+        self.folder, self.every, self.num_images = folder, every, num_images
+
+    @torch.no_grad()
+    def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        if step % self.every or not trainer.is_global_zero:
+            return
+        batch = next(iter(trainer.datamodule.val_dataloader()), None)  # type: ignore[attr-defined]
+        if batch is None:
+            return
+        autoencoder: Any = module.autoencoder
+        assert module.ema is not None
+        images = to_unit(batch.image[: self.num_images].to(module.device), module.dtype)
+        with module.ema.swapped(), trainer.precision_plugin.forward_context():
+            decoded = autoencoder.decode(autoencoder.encode(images))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        captions = [*(batch.caption or [""] * len(images))[: len(images)], *["reconstruction"] * len(images)]
+        sheet = contact_sheet(to_pil(to_uint8(torch.cat([images, decoded]))), captions, columns=len(images))
+        sheet.save(self.folder / f"step-{step:09d}.png")

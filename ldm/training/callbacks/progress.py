@@ -1,0 +1,76 @@
+"""One line that shows a run: stage, bar, optimizer steps, images a second, time left, loss."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ldm.training.callbacks.base import StepCallback
+from ldm.training.callbacks.metrics import MetricsLog
+from ldm.training.module import TrainingModule
+
+
+class ProgressBar(StepCallback):
+    """A bar on a terminal; in a file a plain line every `every` steps. Rank 0 only."""
+
+    def __init__(self, stage: str, metrics: MetricsLog, every: int = 200) -> None:
+        super().__init__()
+        self.stage, self.metrics, self.every = stage, metrics, every
+        self.console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._started = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(
+                self.stage, total=trainer.max_steps, completed=trainer.global_step, figures=""
+            )
+            self._bar.start()
+
+    def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        if not trainer.is_global_zero:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, figures=self.figures())
+        elif step % self.every == 0 or step == trainer.max_steps:
+            self.console.print(
+                f"{self.stage}  step {step}/{trainer.max_steps}  {self.figures()}", highlight=False
+            )
+
+    def figures(self) -> str:
+        """The newest row of the log in a few words, with the time left."""
+        latest = self.metrics.latest
+        rate = latest.get("perf/images_per_sec")
+        words = [f"{rate:.0f} images/s"] if rate else []
+        shown = {
+            "train/loss": "loss {:.4f}",
+            "validation/loss": "validation {:.4f}",
+            "validation/psnr": "PSNR {:.1f} dB",
+        }
+        return "  ".join(
+            words + [text.format(latest[name]) for name, text in shown.items() if name in latest]
+        )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

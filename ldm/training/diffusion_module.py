@@ -1,0 +1,107 @@
+"""Stage 2: train the denoiser, and a text tower with it if that is trainable, on latents of a frozen autoencoder.
+
+Reads as the step goes: encode, condition, drop, noise, loss. Every random number is a function of
+(seed, n, purpose), so it is the same whatever rank, batch or restart it is drawn in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.diffusion.denoiser import Denoiser
+from ldm.random import keyed_normal, keyed_uniform
+from ldm.training.module import LRSchedule, TrainingModule, to_unit
+from ldm.types import Batch, Conditioning, TimeDistribution, Weighting
+
+NOISE_LEVELS = 4  # quarters of the time axis that the loss is logged for
+VALIDATION_TIMES = 8  # equidistant times that validation pictures take in turn
+
+
+class LatentDiffusionModule(TrainingModule):
+    """`batch.weight` 0 takes a sample out of the loss; the denominator stays the batch size."""
+
+    def __init__(
+        self,
+        autoencoder: Any,
+        conditioner: Any,
+        backbone: nn.Module,
+        noise_scheduler: Any,
+        weighting: Weighting,
+        time_distribution: TimeDistribution,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        lr_schedule: LRSchedule,
+        drop: float = 0.1,
+        ema_decay: float = 0.9999,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer, lr_schedule, ema_decay, seed)
+        self.backbone, self.noise_scheduler = backbone, noise_scheduler
+        self.freeze("autoencoder", autoencoder)
+        if any(p.requires_grad for p in conditioner.parameters()):
+            self.conditioner = conditioner
+        else:
+            self.freeze("conditioner", conditioner)
+        self.denoiser = Denoiser(backbone, noise_scheduler, weighting)
+        self.time_distribution, self.drop = time_distribution, drop
+
+    @property
+    def tokenizer(self) -> Callable[[Sequence[str]], Tensor] | None:
+        tokenizer: Callable[[Sequence[str]], Tensor] | None = self._conditioner.tokenizer
+        return tokenizer
+
+    @property
+    def _conditioner(self) -> Any:
+        return self.frozen.get("conditioner") or self.conditioner
+
+    def latents(self, batch: Batch, purpose: str) -> Tensor:
+        """Posterior samples of the frozen autoencoder, of the picture or of its cached moments."""
+        with torch.no_grad():
+            autoencoder: Any = self.frozen["autoencoder"]
+            moments = batch.moments
+            if moments is None:
+                assert batch.image is not None
+                moments = autoencoder.moments(to_unit(batch.image, self.dtype))
+            shape = (moments.shape[1] // 2, *moments.shape[2:])
+            return autoencoder.latents(moments, keyed_normal(self.seed, batch.n, purpose, shape).to(moments))
+
+    def condition(self, batch: Batch) -> Conditioning:
+        """Conditioning of the batch, with the null conditioning in a keyed choice of rows."""
+        conditioner = self._conditioner
+        conditioning: Conditioning = conditioner(batch)
+        if self.training and self.drop > 0:
+            keep = keyed_uniform(self.seed, batch.n, "drop") >= self.drop
+            conditioning = conditioning.where(keep, conditioner.null(len(batch)))
+        return conditioning
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        latents = self.latents(batch, "posterior")
+        conditioning = self.condition(batch)
+        noise = keyed_normal(self.seed, batch.n, "noise", latents.shape[1:]).to(latents)
+        position = self.time_distribution(keyed_uniform(self.seed, batch.n, "time"))
+        losses = self.denoiser.loss(latents, noise, self.noise_scheduler.time_at(position), conditioning)
+        self._record_by_level(losses, position, batch.weight)
+        return (losses * batch.weight).mean()
+
+    def _record_by_level(self, losses: Tensor, position: Tensor, weight: Tensor) -> None:
+        losses = losses.detach() * weight
+        self.record("train/loss", losses.sum(), weight.sum())
+        level = (position * NOISE_LEVELS).long().clamp(0, NOISE_LEVELS - 1)
+        rows = nn.functional.one_hot(level, NOISE_LEVELS).to(losses) * weight.to(losses)[:, None]
+        totals, counts = losses @ rows, rows.sum(0)
+        for k in range(NOISE_LEVELS):
+            self.record(f"train/loss_t{k}", totals[k], counts[k])
+
+    def validation_terms(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Loss on (time, noise) pairs that belong to the picture: equal in every pass, run and world size."""
+        batch = replace(batch, n=batch.n + (1 << 62))  # away from the keys of training
+        latents = self.latents(batch, "posterior")
+        noise = keyed_normal(self.seed, batch.n, "noise", latents.shape[1:]).to(latents)
+        position = ((batch.n % VALIDATION_TIMES).to(latents.dtype) + 0.5) / VALIDATION_TIMES
+        time = self.noise_scheduler.time_at(position)
+        losses = self.denoiser.loss(latents, noise, time, self.condition(batch))
+        return {"validation/loss": ((losses * batch.weight).sum(), batch.weight.sum())}

@@ -1,0 +1,107 @@
+"""What both stages share: the optimizer step, EMA, frozen networks, and a record of numbers without host syncs.
+
+Not a framework: `AutoencoderModule` and `LatentDiffusionModule` read on their own, this file holds the plumbing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from ldm.training.ema import EMA
+from ldm.training.optim import parameter_groups
+from ldm.types import Batch
+
+LRSchedule = Callable[[int], float]  # optimizer step -> factor on the learning rate
+
+
+def to_unit(image: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 [b 3 h w] in 0..255 to [-1, 1], channels last."""
+    return image.to(dtype, memory_format=torch.channels_last) / 127.5 - 1
+
+
+class TrainingModule(pl.LightningModule):
+    """One optimizer, one EMA; subclasses give `training_step` and `validation_terms`.
+
+    `frozen` networks are not trained, not in the state dict, not seen by DDP; they move with the module.
+    """
+
+    def __init__(
+        self,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        lr_schedule: LRSchedule,
+        ema_decay: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.make_optimizer, self.lr_schedule = optimizer, lr_schedule
+        self.ema_decay, self.seed = ema_decay, seed
+        self.ema: EMA | None = None
+        self.frozen: dict[str, nn.Module] = {}
+        self.recorded: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (sum, count), on the device
+
+    def freeze(self, name: str, network: nn.Module) -> None:
+        """Keep `network` beside the module: eval mode for good, no gradients."""
+        self.frozen[name] = network.eval().requires_grad_(False)
+
+    @property
+    def tokenizer(self) -> Callable[[Sequence[str]], Tensor] | None:
+        """What loader workers turn captions into tokens with; None if the stage reads no captions."""
+        return None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainingModule:
+        for network in self.frozen.values():
+            network._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def record(self, name: str, total: Tensor, count: Tensor | float = 1.0) -> None:
+        """Add to the mean called `name`; read and cleared by the log every so many steps."""
+        total = total.detach().float()
+        count = torch.as_tensor(count, dtype=torch.float32, device=total.device)
+        if name in self.recorded:
+            old_total, old_count = self.recorded[name]
+            total, count = old_total + total, old_count + count
+        self.recorded[name] = (total, count)
+
+    def take_recorded(self) -> dict[str, float]:
+        """Means of what was recorded since the last call, over all ranks. Synchronises with the device."""
+        if not self.recorded:
+            return {}
+        names = sorted(self.recorded)
+        pairs = torch.stack([torch.stack(self.recorded[name]) for name in names])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(pairs)
+        self.recorded = {}
+        return {
+            name: total / count
+            for name, (total, count) in zip(names, pairs.tolist(), strict=True)
+            if count > 0
+        }
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        weight_decay = getattr(self.make_optimizer, "keywords", {}).get("weight_decay", 0.0)
+        return self.make_optimizer(parameter_groups(self, weight_decay))
+
+    def on_fit_start(self) -> None:
+        if self.ema is None:
+            self.ema = EMA(self, self.ema_decay)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        step = self.trainer.global_step
+        factor = self.lr_schedule(step)
+        for group in optimizer.param_groups:
+            group.setdefault("base_lr", group["lr"])
+            group["lr"] = group["base_lr"] * factor
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        assert self.ema is not None
+        self.ema.update(step)
+
+    def validation_terms(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Sums and counts, by name, that a pass over the validation data adds up."""
+        raise TypeError(f"{type(self).__name__} defines no validation")

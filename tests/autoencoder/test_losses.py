@@ -1,0 +1,94 @@
+"""Each term of the reconstruction loss against its formula, written out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm.autoencoder.losses import ReconstructionLoss
+
+B, H, W = 3, 4, 5
+VALUES = 3 * H * W
+NONE = {"l1": 0.0, "l2": 0.0, "gradient": 0.0, "kl": 0.0}
+
+
+def example() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(B, 3, H, W), (B, 3, H, W), (B, 8, 2, 3)]
+    output, target, moments = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    return output, target, moments
+
+
+def by_hand(name: str, i: int) -> Tensor:
+    output, target, moments = (x[i] for x in example())
+    e = output - target
+    if name == "l1":
+        return e.abs().sum() / VALUES
+    if name == "l2":
+        return (e * e).sum() / VALUES
+    if name == "gradient":
+        dx = sum((e[:, y, x + 1] - e[:, y, x]).abs().sum() for y in range(H) for x in range(W - 1))
+        dy = sum((e[:, y + 1, x] - e[:, y, x]).abs().sum() for y in range(H - 1) for x in range(W))
+        return dx / (3 * H * (W - 1)) + dy / (3 * (H - 1) * W)
+    mean, log_variance = moments[:4], moments[4:]
+    return 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum() / VALUES
+
+
+@pytest.mark.parametrize("name", ["l1", "l2", "gradient", "kl"])
+def test_each_term(name: str) -> None:
+    loss, logged = ReconstructionLoss(**{**NONE, name: 0.5})(*example())
+    expected = torch.stack([by_hand(name, i) for i in range(B)])
+    torch.testing.assert_close(loss, 0.5 * expected, rtol=1e-12, atol=1e-12)
+    per_image = VALUES if name == "kl" else 1
+    torch.testing.assert_close(logged[name], per_image * expected.mean(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logged["loss"], loss.mean())
+
+
+def test_terms_add_up() -> None:
+    weights = {"l1": 1.0, "l2": 2.0, "gradient": 3.0, "kl": 4.0}
+    loss, logged = ReconstructionLoss(**weights)(*example())
+    expected = torch.stack(
+        [sum(weight * by_hand(name, i) for name, weight in weights.items()) for i in range(B)]
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    assert logged.keys() == {*weights, "loss"}
+    assert all(value.ndim == 0 and not value.requires_grad for value in logged.values())
+
+
+class Distance(nn.Module):
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().sum(dim=(1, 2, 3), keepdim=True)
+
+
+def test_perceptual_term() -> None:
+    output, target, moments = example()
+    loss, logged = ReconstructionLoss(**NONE, perceptual=Distance(), perceptual_weight=0.25)(
+        output, target, moments
+    )
+    expected = (output - target).square().sum(dim=(1, 2, 3))
+    torch.testing.assert_close(loss, 0.25 * expected)
+    torch.testing.assert_close(logged["perceptual"], expected.mean())
+
+
+def test_low_precision_is_summed_in_float32() -> None:
+    output, target, moments = (x.bfloat16() for x in example())
+    loss, _ = ReconstructionLoss(l2=1.0, gradient=1.0)(output, target, moments)
+    exact, _ = ReconstructionLoss(l2=1.0, gradient=1.0)(output.double(), target.double(), moments.double())
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_gradients_flow() -> None:
+    output, target, moments = example()
+    output.requires_grad_()
+    moments.requires_grad_()
+    ReconstructionLoss(gradient=1.0)(output, target, moments)[0].sum().backward()
+    assert output.grad.abs().min() > 0
+    assert moments.grad.abs().max() > 0
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    output, target, moments = example()
+    with pytest.raises(ValueError, match=r"\[3, 3, 4, 5\].*\[1, 3, 4, 5\]"):
+        ReconstructionLoss()(output, target[:1], moments)

@@ -1,0 +1,65 @@
+"""EMA against the formula; swapping; what it covers."""
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.training.ema import EMA
+
+
+def test_average_follows_the_formula_with_warm_up():
+    module = nn.Linear(3, 2).double()
+    ema = EMA(module, decay=0.5)
+    expected = module.weight.detach().clone()
+    for k in range(12):
+        with torch.no_grad():
+            module.weight += 1.0
+        ema.update(k)
+        decay = min(0.5, (1 + k) / (10 + k))
+        expected = decay * expected + (1 - decay) * module.weight.detach()
+    torch.testing.assert_close(ema.state_dict()["weight"], expected, rtol=1e-12, atol=0)
+    assert ema.decay_at(0) == pytest.approx(0.1)
+    assert ema.decay_at(100) == 0.5
+
+
+def test_average_of_a_bf16_parameter_is_fp32_and_moves():
+    module = nn.Linear(4, 4).bfloat16()
+    ema = EMA(module, decay=0.999)
+    start = ema.state_dict()["weight"].clone()
+    assert start.dtype == torch.float32
+    for k in range(3):
+        with torch.no_grad():
+            module.weight.add_(0.5)
+        ema.update(100_000 + k)
+    moved = ema.state_dict()["weight"] - start
+    assert 0 < moved.abs().max() < 0.01, "a bf16 average would round steps of a thousandth away"
+
+
+def test_swapped_uses_the_average_and_gives_every_bit_back():
+    module = nn.Sequential(nn.Linear(4, 4), nn.GroupNorm(2, 4))
+    ema = EMA(module, 0.9)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn_like(p))
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    x = torch.randn(2, 4)
+    own = module(x)
+    with ema.swapped():
+        assert not torch.equal(module(x), own)
+        for name, p in module.named_parameters():
+            assert torch.equal(p, ema.state_dict()[name])
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    with pytest.raises(RuntimeError, match="inside"), ema.swapped():
+        raise RuntimeError("inside")
+    assert torch.equal(module(x), own)
+
+
+def test_frozen_parameters_are_not_averaged_and_names_are_checked():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[0].requires_grad_(False)
+    ema = EMA(module, 0.9)
+    assert ema.names == ["1.weight", "1.bias"]
+    with pytest.raises(ValueError, match="missing"):
+        ema.load_state_dict({"1.weight": torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match="decay=1"):
+        EMA(module, 1.0)

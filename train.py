@@ -1,0 +1,101 @@
+"""Train: compose the config, build the objects, fit, stage after stage. `python train.py experiment=quickstart`.
+
+The same command resumes its run. `--cfg job` prints the composed config, `--help` the options.
+"""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from omegaconf import DictConfig
+from rich.logging import RichHandler
+
+import ldm
+from ldm.checkpoints import native
+from ldm.checkpoints.networks import network_entry, store_network
+from ldm.checkpoints.run import RunDirectory, Stage
+from ldm.config import build, compose, plain, split_arguments, to_yaml
+from ldm.errors import reported
+from ldm.training.assembly import FITTING, build_callbacks, build_module, load_frozen
+
+
+def train_stage(cfg: DictConfig, run: RunDirectory, stage: Stage) -> int:
+    """Train one stage to its end, or take it up at its newest checkpoint; returns the exit code."""
+    newest = native.newest(stage.checkpoints)
+    done = native.load_document(newest, "state.json")["step"] if newest else 0
+    if run.finished(stage.name) is not None and done >= cfg.trainer.max_steps:
+        return 0
+    run.settle_config(plain(cfg), stage.name)
+    if newest is None and cfg.resume:
+        newest = native.resolve(Path(cfg.resume), where="resume")
+    init = native.resolve(Path(cfg.init_from), where="init_from") if cfg.init_from and not newest else None
+
+    datamodule, module, networks = build(cfg.data), build_module(cfg), {}
+    datamodule.tokenize = module.tokenizer
+    if cfg.autoencoder_from:
+        tensors = load_frozen(module, "autoencoder", Path(cfg.autoencoder_from))
+        if run.rank == 0:
+            sha256 = store_network(run.path, tensors, to_yaml(cfg.autoencoder))
+            networks["autoencoder"] = network_entry(run.path, sha256, stage.checkpoints / "step")
+    checkpoints = build(
+        cfg.callbacks.checkpoint,
+        folder=stage.checkpoints,
+        config=to_yaml(cfg),
+        networks=networks,
+        resume=newest,
+        init=init,
+    )
+    callbacks, metrics = build_callbacks(cfg, stage, checkpoints)
+    plugins = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None
+    trainer = build(cfg.trainer, callbacks=callbacks, plugins=plugins, default_root_dir=run.path, **FITTING)
+    trainer.fit(module, datamodule=datamodule)
+    if checkpoints.interrupted is not None:
+        return 128 + checkpoints.interrupted
+    if trainer.is_global_zero:
+        result = metrics.summary()
+        if cfg.report:
+            result = build(cfg.report)(ldm.load(stage.folder), run.path, datamodule)
+        minutes, seconds = divmod(round(checkpoints.seconds), 60)
+        name, steps = stage.name or run.name, f"{trainer.global_step:,} steps"
+        run.finish(stage.name, f"{name:<11}  {steps:<11}  {minutes}:{seconds:02d}   {result}")
+    return 0
+
+
+def main(cfg: DictConfig, overrides: list[str]) -> int:
+    """Run the config, or one after another the experiments that its `stages` names; returns the exit code."""
+    common = [text for text in overrides if not text.startswith("experiment=")]
+    stages = [compose("train", [f"experiment={name}", *common]) for name in cfg.stages or []] or [cfg]
+    run = RunDirectory(cfg.run_root, cfg.run_name)
+    with run.lock():
+        run.start()
+        for stage in stages:
+            if code := train_stage(stage, run, run.stage(stage.stage)):
+                return code
+    if run.rank == 0:
+        print("\n".join(run.finished(stage.stage) or "" for stage in stages))
+    return 0
+
+
+def command(argv: list[str]) -> int:
+    """The command line: KEY=VALUE overrides, --cfg job, --help."""
+    with reported():
+        flags, overrides = split_arguments(argv)
+        if "help" in flags:
+            print(__doc__)
+            return 0
+        cfg = compose("train", overrides)
+        if "cfg" in flags:
+            print(to_yaml(cfg))
+        else:
+            logging.basicConfig(
+                level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)]
+            )
+            warnings.filterwarnings("ignore", module="lightning.*")
+            return main(cfg, overrides)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))
