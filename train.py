@@ -1,4 +1,7 @@
-"""Train: compose the config, build the objects, fit, stage after stage. `python train.py experiment=quickstart`.
+"""Train: compose the config, build the objects, fit, stage after stage.
+
+    python train.py experiment=quickstart
+
 
 The same command resumes its run. `--cfg job` prints the composed config, `--help` the options.
 """

@@ -17,13 +17,11 @@ class InputError(ValueError):
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turn an `InputError` into its line on stderr (of rank 0) and exit code 2; let everything else through."""
+    """Turn an `InputError` into its line on stderr (of rank 0) and exit code 2."""
     try:
         yield
     except InputError as error:
-        if (
-            int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
-            == 0
-        ):
+        ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+        if next((rank for rank in ranks if rank is not None), "0") == "0":
             print("ldm: error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -85,7 +85,7 @@ def _log(x: Tensor) -> Tensor:
 
 
 def _cos_sin_turn(u: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of 2 pi u for u in [0, 1), error below 1e-13: quadrant, then Taylor on |angle| <= pi / 4."""
+    """Cosine and sine of 2 pi u for u in [0, 1), error below 1e-13: quadrants, then Taylor on +-pi / 4."""
     quadrant = torch.floor(u * 4 + 0.5)
     angle = (u - quadrant / 4) * (2 * math.pi)
     a2 = angle * angle

@@ -161,8 +161,7 @@ class AutoencoderKL(nn.Module):
                 raise ValueError(
                     f"image size {size} is not a multiple of the autoencoder's factor {self.factor}"
                 )
-        moments = self.encoder(images)
-        return moments if self.quant_conv is None else self.quant_conv(moments)
+        return self._encode(images)
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """[b 2c h w] -> [b c h w], shifted and scaled, float32 at least: a sample, without noise the mode."""
@@ -206,6 +205,10 @@ class AutoencoderKL(nn.Module):
         if noise.shape != mean.shape:
             raise ValueError(f"noise has shape {list(noise.shape)}, the posterior {list(mean.shape)}")
         return mean + torch.exp(0.5 * log_variance) * noise
+
+    def _encode(self, images: Tensor) -> Tensor:
+        moments: Tensor = self.encoder(images)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
 
     def _decode(self, z: Tensor) -> Tensor:
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))

@@ -68,8 +68,11 @@ class Index:
 
     def keys(self, rows: NDArray[np.int64]) -> list[str]:
         """ "shard/key" of each row: keys alone need not be unique."""
-        stems = [Path(self.shards[shard]).stem for shard in self.shard_of(rows).tolist()]
-        return [f"{stem}/{key.decode()}" for stem, key in zip(stems, self.samples["key"][rows], strict=True)]
+        shards = self.shard_of(rows).tolist()
+        stems = {shard: Path(self.shards[shard]).stem for shard in set(shards)}
+        return [
+            f"{stems[s]}/{key.decode()}" for s, key in zip(shards, self.samples["key"][rows], strict=True)
+        ]
 
     def scores(self) -> list[str]:
         """Names of the columns that came from the json."""

@@ -208,6 +208,8 @@ def join(parts: Sequence[Part], pin: bool) -> Batch:
         values = [part[name] for part in parts]
         if isinstance(first, list):
             fields[name] = [item for value in values for item in value]
+        elif len(parts) == 1 and isinstance(first, Tensor) and not pin:
+            fields[name] = first
         elif isinstance(first, Tensor):
             shape = (sum(map(len, values)), *first.shape[1:])
             fields[name] = torch.cat(values, out=torch.empty(shape, dtype=first.dtype, pin_memory=pin))

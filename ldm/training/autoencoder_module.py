@@ -1,6 +1,6 @@
 """Stage 1: train the autoencoder, then measure the shift and scale of its latents.
 
-Reconstruction + KL (Rombach et al., "High-resolution image synthesis with latent diffusion models", CVPR 2022).
+Reconstruction + KL: Rombach et al., "High-resolution image synthesis with latent diffusion models", 2022.
 """
 
 from __future__ import annotations
@@ -36,17 +36,13 @@ class AutoencoderModule(TrainingModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert batch.image is not None
         images = to_unit(batch.image, self.dtype)
-        moments = self.autoencoder.moments(images)
-        noise = keyed_normal(self.seed, batch.n, "posterior", self._latent_shape(moments)).to(moments)
-        reconstruction = self.autoencoder.decode(self.autoencoder.latents(moments, noise))
+        side = [size // self.autoencoder.factor for size in images.shape[2:]]
+        noise = keyed_normal(self.seed, batch.n, "posterior", (self.autoencoder.latent_channels, *side))
+        reconstruction, moments = self.autoencoder(images, noise.to(images))
         losses, terms = self.loss(reconstruction, images, moments)
         for name, value in terms.items():
             self.record(f"train/{name}", value)
         return (losses * batch.weight).mean()
-
-    @staticmethod
-    def _latent_shape(moments: Tensor) -> tuple[int, int, int]:
-        return moments.shape[1] // 2, moments.shape[2], moments.shape[3]
 
     def validation_terms(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """PSNR in dB of the decoded mode against the picture, both as 8-bit values, mean over pictures."""
@@ -72,7 +68,8 @@ class AutoencoderModule(TrainingModule):
             for batch in batches:
                 assert batch.image is not None
                 moments = self.autoencoder.moments(to_unit(batch.image, self.dtype))
-                noise = keyed_normal(self.seed, batch.n, "latents", self._latent_shape(moments)).to(moments)
+                shape = (moments.shape[1] // 2, *moments.shape[2:])
+                noise = keyed_normal(self.seed, batch.n, "latents", shape).to(moments)
                 z = self.autoencoder.latents(moments, noise).double() * batch.weight.view(-1, 1, 1, 1)
                 count = batch.weight.sum().double() * z.shape[2] * z.shape[3]
                 sums += torch.stack([z.sum((0, 2, 3)), z.square().sum((0, 2, 3)), count.expand(z.shape[1])])

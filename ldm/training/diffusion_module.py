@@ -1,4 +1,4 @@
-"""Stage 2: train the denoiser, and a text tower with it if that is trainable, on latents of a frozen autoencoder.
+"""Stage 2: train the denoiser, and with it a trainable text tower, on latents of a frozen autoencoder.
 
 Reads as the step goes: encode, condition, drop, noise, loss. Every random number is a function of
 (seed, n, purpose), so it is the same whatever rank, batch or restart it is drawn in.

@@ -1,6 +1,6 @@
-"""What both stages share: the optimizer step, EMA, frozen networks, and a record of numbers without host syncs.
+"""What both stages share: optimizer step, EMA, frozen networks, and a record of numbers without host syncs.
 
-Not a framework: `AutoencoderModule` and `LatentDiffusionModule` read on their own, this file holds the plumbing.
+Not a framework: `AutoencoderModule` and `LatentDiffusionModule` read on their own, this is the plumbing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ldm.types import Batch
 LRSchedule = Callable[[int], float]  # optimizer step -> factor on the learning rate
 
 
-def to_unit(image: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def to_unit(image: Tensor, dtype: Any = torch.float32) -> Tensor:
     """uint8 [b 3 h w] in 0..255 to [-1, 1], channels last."""
     return image.to(dtype, memory_format=torch.channels_last) / 127.5 - 1
 

@@ -39,7 +39,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Linear warm-up, then half a cosine from 1 down to `final` at step `total`, and `final` from there on."""
+    """Linear warm-up, then half a cosine from 1 down to `final` at step `total`; `final` after it."""
 
     total: int
     warmup: int = 0
@@ -58,7 +58,7 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Linear:
-    """Linear warm-up, then a straight line from 1 down to `final` at step `total`, and `final` from there on."""
+    """Linear warm-up, then a straight line from 1 to `final` at step `total`; `final` after it."""
 
     total: int
     warmup: int = 0

@@ -17,7 +17,6 @@ from ldm.data.filters import MaxValue, MinValue
 from ldm.data.loader import Recent
 from ldm.errors import InputError
 
-
 MANY = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 
 

@@ -78,7 +78,7 @@ def networks():
 
 @pytest.fixture(scope="session")
 def laion(tmp_path_factory):
-    """Folder with two training tars of 24 + 16 and one held-out tar of 8 pictures as img2dataset writes them."""
+    """Folder with two training tars of 24 + 16 and one held-out tar of 8 pictures, as img2dataset writes."""
     folder = tmp_path_factory.mktemp("laion")
     rng = np.random.default_rng(0)
     number = 0

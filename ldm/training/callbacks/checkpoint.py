@@ -1,7 +1,7 @@
 """Save and restore the whole run: weights, EMA, optimizer, place in the data. Resume is bit for bit on a CPU.
 
-Our own work rather than Lightning's: its checkpoints are pickles, are not atomic across file systems, and keep
-only rank 0's loader. A signal (Ctrl-C, TERM) only sets a flag; the save happens at the end of the step.
+Our own work rather than Lightning's: its checkpoints are pickles, are not atomic across file systems, and
+keep only rank 0's loader. A signal (Ctrl-C, TERM) only sets a flag; the save happens at the end of the step.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Checkpoints(StepCallback):
     """A checkpoint every `every` optimizer steps and at the end, the newest `keep_last` kept.
 
     `folder`: where they go. `config`: resolved config as YAML text, stored in each. `networks`: frozen networks
-    trained here, name -> {"sha256", "path"}. `resume`: checkpoint directory to start from, or None. `init`:
-    checkpoint whose weights (EMA where there is one) a new run starts from.
+    trained here, name -> {"sha256", "path"}. `resume`: checkpoint directory to start from. `init`: checkpoint
+    whose weights (EMA where there is one) a new run starts from.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Checkpoints(StepCallback):
         datamodule: Any = getattr(trainer, "datamodule", None)
         tensors, settings = flatten_optimizer(trainer.optimizers[0], names_of(module))
         batch = datamodule.global_batch_size if datamodule is not None else 0
-        state = {"step": step, "images": step * batch}
+        state: dict[str, Any] = {"step": step, "images": step * batch}
         state |= {"seconds": self.seconds, "networks": self.networks, "optimizer": settings}
         native.save(
             self.folder,
