@@ -2,60 +2,60 @@
 
     python train.py experiment=quickstart
 
-
-The same command resumes its run. `--cfg job` prints the composed config, `--help` the options.
+The same command resumes its run. Options are KEY=VALUE; `--cfg job` prints all of them with their values.
 """
 
-import logging
 import sys
-import warnings
 from pathlib import Path
 
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig
-from rich.logging import RichHandler
 
 import ldm
 from ldm.checkpoints import native
 from ldm.checkpoints.networks import network_entry, store_network
-from ldm.checkpoints.run import RunDirectory, Stage
+from ldm.checkpoints.run import RunDirectory, Stage, global_rank
 from ldm.config import build, compose, plain, split_arguments, to_yaml
 from ldm.errors import reported
-from ldm.training.assembly import FITTING, build_callbacks, build_module, load_frozen
+from ldm.training.assembly import build_callbacks, build_module, build_trainer, load_frozen
+from ldm.training.log import log_to_file, log_to_terminal
 
 
 def train_stage(cfg: DictConfig, run: RunDirectory, stage: Stage) -> int:
-    """Train one stage to its end, or take it up at its newest checkpoint; returns the exit code."""
+    """Train one stage to its end, or take it up at its newest checkpoint; returns the exit code.
+
+    Wrong input is found before anything is written.
+    """
     newest = native.newest(stage.checkpoints)
     done = native.load_document(newest, "state.json")["step"] if newest else 0
     if run.finished(stage.name) is not None and done >= cfg.trainer.max_steps:
         return 0
-    run.settle_config(plain(cfg), stage.name)
+    run.check_config(plain(cfg), stage.name)
     if newest is None and cfg.resume:
-        newest = native.resolve(Path(cfg.resume), where="resume")
-    init = native.resolve(Path(cfg.init_from), where="init_from") if cfg.init_from and not newest else None
-
-    datamodule, module, networks = build(cfg.data), build_module(cfg), {}
+        newest = native.resolve(Path(cfg.resume), stage.name or None, "resume")
+    init = None
+    if newest is None and cfg.init_from:
+        init = native.resolve(Path(cfg.init_from), stage.name or None, "init_from")
+    datamodule, module = build(cfg.data), build_module(cfg)
     datamodule.tokenize = module.tokenizer
-    if cfg.autoencoder_from:
-        tensors = load_frozen(module, "autoencoder", Path(cfg.autoencoder_from))
-        if run.rank == 0:
-            sha256 = store_network(run.path, tensors, to_yaml(cfg.autoencoder))
-            networks["autoencoder"] = network_entry(run.path, sha256, stage.checkpoints / "step")
+    frozen = load_frozen(module, "autoencoder", Path(cfg.autoencoder_from)) if cfg.autoencoder_from else None
     checkpoints = build(
-        cfg.callbacks.checkpoint,
-        folder=stage.checkpoints,
-        config=to_yaml(cfg),
-        networks=networks,
-        resume=newest,
-        init=init,
+        cfg.callbacks.checkpoint, folder=stage.checkpoints, config=to_yaml(cfg), resume=newest, init=init
     )
     callbacks, metrics = build_callbacks(cfg, stage, checkpoints)
-    plugins = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None
-    trainer = build(cfg.trainer, callbacks=callbacks, plugins=plugins, default_root_dir=run.path, **FITTING)
+    trainer = build_trainer(cfg, callbacks, datamodule)
+    if run.rank == 0:
+        datamodule.setup()
+
+    run.start()
+    run.settle_config(plain(cfg), stage.name)
+    if run.rank == 0:
+        log_to_file(run.path / "log.txt")
+    if frozen and run.rank == 0:
+        sha256 = store_network(run.path, frozen, to_yaml(cfg.autoencoder))
+        checkpoints.networks["autoencoder"] = network_entry(run.path, sha256, stage.checkpoints / "step")
     trainer.fit(module, datamodule=datamodule)
     if checkpoints.interrupted is not None:
-        return 128 + checkpoints.interrupted
+        return 128 + checkpoints.interrupted if run.rank == 0 else 0  # one rank speaks for all
     if trainer.is_global_zero:
         result = metrics.summary()
         if cfg.report:
@@ -68,11 +68,10 @@ def train_stage(cfg: DictConfig, run: RunDirectory, stage: Stage) -> int:
 
 def main(cfg: DictConfig, overrides: list[str]) -> int:
     """Run the config, or one after another the experiments that its `stages` names; returns the exit code."""
-    common = [text for text in overrides if not text.startswith("experiment=")]
+    common = [text for text in overrides if not text.startswith("experiment=")] + [f"run_name={cfg.run_name}"]
     stages = [compose("train", [f"experiment={name}", *common]) for name in cfg.stages or []] or [cfg]
     run = RunDirectory(cfg.run_root, cfg.run_name)
     with run.lock():
-        run.start()
         for stage in stages:
             if code := train_stage(stage, run, run.stage(stage.stage)):
                 return code
@@ -92,10 +91,7 @@ def command(argv: list[str]) -> int:
         if "cfg" in flags:
             print(to_yaml(cfg))
         else:
-            logging.basicConfig(
-                level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)]
-            )
-            warnings.filterwarnings("ignore", module="lightning.*")
+            log_to_terminal(global_rank())
             return main(cfg, overrides)
     return 0
 

@@ -92,7 +92,7 @@ def compose(name: str, overrides: Sequence[str], config_dir: Path | None = None)
     groups = _groups(folder)
     parsed = [_parse(text) for text in overrides]
     values = [override for override in parsed if override.key_or_group not in groups]
-    choices = [str(override.input_line) for override in parsed if override.key_or_group in groups]
+    choices = [_line(override, groups) for override in parsed if override.key_or_group in groups]
     for override in parsed:
         if override.key_or_group in groups:
             _check_option(override, groups)
@@ -100,7 +100,7 @@ def compose(name: str, overrides: Sequence[str], config_dir: Path | None = None)
     known = OmegaConf.to_container(reference, resolve=False)
     for override in values:
         _check_key(override, known, groups)
-    config = _composed(folder, name, [str(override.input_line) for override in parsed])
+    config = _composed(folder, name, [_line(override, groups) for override in parsed])
     _check_missing(config)
     _check_secrets(OmegaConf.to_container(config, resolve=False))
     for override in values:
@@ -142,6 +142,12 @@ def _parse(text: str) -> Override:
         fix = f"write a list as '{key}=[{value}]', a text as '{key}=\"{value}\"'"
         raise InputError(key, f"{value!r} is a sweep, and one command is one run", fix)
     return override
+
+
+def _line(override: Override, groups: Mapping[str, list[str]]) -> str:
+    """The override as hydra takes it, which knows `~GROUP` where our users write `GROUP=null`."""
+    nothing = override.key_or_group in groups and not override.is_delete() and override.value() is None
+    return f"~{override.key_or_group}" if nothing else str(override.input_line)
 
 
 def _check_option(override: Override, groups: Mapping[str, list[str]]) -> None:

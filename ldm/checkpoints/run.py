@@ -75,6 +75,7 @@ class RunDirectory:
         self.name = str(name)
         self.path = Path(root) / self.name
         self.rank = global_rank() if rank is None else rank
+        self._started = False
 
     def stage(self, name: str = "") -> Stage:
         """The folder of a stage, or the run itself for a run of one stage."""
@@ -98,9 +99,10 @@ class RunDirectory:
             ) from None
 
     def start(self) -> None:
-        """Make the directory, or count one more restart; notes the Slurm job. Call it under the lock."""
-        if self.rank != 0:
+        """Make the directory, or count one more restart, once; notes the Slurm job. Call it under the lock."""
+        if self.rank != 0 or self._started:
             return
+        self._started = True
         self._make()
         for folder in (self.networks, self.stage().checkpoints, *self.path.glob("*/checkpoints")):
             clean(folder)
@@ -132,12 +134,8 @@ class RunDirectory:
 
     # ---- config ----------------------------------------------------------------------------------------
 
-    def settle_config(self, config: Mapping[str, Any], stage: str = "") -> None:
-        """Store the resolved config of the run (or of a stage); refuse one that would make it another run.
-
-        Every rank compares, rank 0 writes. Keys in `ldm.config.MAY_CHANGE_ON_RESUME` may differ; the stored
-        config is then the newer one.
-        """
+    def check_config(self, config: Mapping[str, Any], stage: str = "") -> None:
+        """Refuse a config that would make the run (or a stage) another one: `ldm.config.differences`."""
         folder = self.stage(stage).folder
         file = folder / CONFIG
         if file.is_file():
@@ -152,6 +150,12 @@ class RunDirectory:
                 )
                 what = f"has a run with {key}={_shown(was)}, the config says {_shown(now)}{more}"
                 raise InputError(f"{folder}", what, "choose another run_name, or take the old value")
+
+    def settle_config(self, config: Mapping[str, Any], stage: str = "") -> None:
+        """Check the config of the run (or of a stage), and store it resolved, as rank 0: the newer one stays."""
+        self.check_config(config, stage)
+        folder = self.stage(stage).folder
+        file = folder / CONFIG
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             self._replace(f"{file.relative_to(self.path)}", to_yaml(config))
@@ -163,11 +167,13 @@ class RunDirectory:
         """Be the only writer of this run, as long as the block or the process lasts.
 
         The operating system drops the lock of a killed process, so there is never a stale one. run.lock says
-        who holds it. On a file system without locks a warning takes its place.
+        who holds it. On a file system without locks a warning takes its place. If the block fails before
+        `start`, the folders made for the lock go again.
         """
         if self.rank != 0:
             yield
             return
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self._make()
         with open(self.path / LOCK, "a+", encoding="utf-8") as file:
             self._take(file)
@@ -175,9 +181,14 @@ class RunDirectory:
             _held.add(file.fileno())
             try:
                 yield
-                file.truncate(0)
             finally:
+                file.truncate(0)
                 _held.discard(file.fileno())
+                if made and not (self.path / RECORD).exists():
+                    (self.path / LOCK).unlink()
+                    with contextlib.suppress(OSError):  # not empty: another process uses it
+                        for folder in made:
+                            folder.rmdir()
 
     def _take(self, file: IO[str]) -> None:
         try:

@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 class ShardDataModule(lightning.LightningDataModule):
     """Endless training batches in the order of the plan; validation samples in index order.
 
-    Sizes in pixels, `flip` a probability, `batch_size` samples a device and micro-batch (None: G / (W k)).
+    Sizes in pixels, `flip` a probability, `limit` (training samples that the filters keep: the first so many)
+    for debugging, `batch_size` samples a device and micro-batch (None: G / (W k)).
     `tokenize` (captions -> int64 [b l], picklable) may be set later. `validation_shards=None` with
     `validation_filters` given takes the held-out samples out of the training shards.
     """
@@ -44,6 +45,7 @@ class ShardDataModule(lightning.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         filters: Sequence[Filter] = (),
+        limit: int | None = None,
         columns: Mapping[str, str | None] | None = None,
         crop: str = "center",
         flip: float = 0.0,
@@ -58,11 +60,12 @@ class ShardDataModule(lightning.LightningDataModule):
         rebase: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in {"global_batch_size": global_batch_size, "batch_size": batch_size}.items():
+        counts = {"global_batch_size": global_batch_size, "batch_size": batch_size, "limit": limit}
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise InputError(f"data.{name}", f"expected at least 1, got {value}")
         self.shards, self.validation_shards, self.index_dir = shards, validation_shards, index_dir
-        self.filters, self.columns = list(filters), columns
+        self.filters, self.limit, self.columns = list(filters), limit, columns
         self.validation_filters = self.filters if validation_filters is None else list(validation_filters)
         self.validates = validation_shards is not None or validation_filters is not None
         self.global_batch_size, self.batch_size, self.seed = global_batch_size, batch_size, seed
@@ -91,7 +94,7 @@ class ShardDataModule(lightning.LightningDataModule):
         if self.selection is not None:
             return
         self.index = self._index(self.shards, "data.shards")
-        selection = select(self.index, self.filters)
+        selection = select(self.index, self.filters, limit=self.limit)
         if self.validates:
             index = self.index
             if self.validation_shards is not None:

@@ -157,8 +157,16 @@ class Selection:
         return lines
 
 
-def select(index: Index, filters: Sequence[Filter] = (), where: str = "data.filters") -> Selection:
-    """Apply filters in order. Raises `InputError` if one names an unknown column, or nothing is kept."""
+def select(
+    index: Index,
+    filters: Sequence[Filter] = (),
+    where: str = "data.filters",
+    limit: int | None = None,
+) -> Selection:
+    """Apply filters in order, then keep the first `limit`.
+
+    Raises `InputError` if a filter names an unknown column, or nothing is kept.
+    """
     table = index.columns
     keep = np.ones(len(index), bool)
     dropped: dict[str, int] = {}
@@ -178,6 +186,9 @@ def select(index: Index, filters: Sequence[Filter] = (), where: str = "data.filt
         raise InputError(
             where, f"filter keeps 0 of {len(index):,} samples", f"{most} drops {dropped[most]:,}: relax it"
         )
+    if limit is not None and limit < len(rows):
+        dropped["limit"], missing["limit"] = len(rows) - limit, 0
+        rows = rows[:limit]
     counts = np.diff(np.searchsorted(rows, index.cumulative))
     digest = hashlib.sha256(index.digest.encode() + rows.tobytes()).hexdigest()
     return Selection(rows, counts, digest, dropped, missing)

@@ -116,5 +116,7 @@ def report_autoencoder(pipe: Any, run: Path, data: Any) -> str:
 def report_diffusion(pipe: Any, run: Path, data: Any) -> str:
     """For the end of training: do held-out pairs come out right; draws them into run/contact_sheet.png."""
     score = evaluate_quickstart(pipe, data.emoji_set)
-    score.sheet().save(run / "contact_sheet.png")
-    return score.line()
+    sheet = run / "contact_sheet.png"
+    score.sheet().save(sheet)
+    following = f'python sample.py checkpoint={run} prompt="{score.captions[0]}"'
+    return f"{score.line()}\n{'pictures':<11}  {sheet}      next: {following}"

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from ldm.checkpoints import native
@@ -37,11 +40,12 @@ FITTING: dict[
 
 
 def build_module(cfg: Mapping[str, Any]) -> TrainingModule:
-    """The LightningModule of the config, with the networks that its config has."""
+    """The LightningModule of the config, with the networks that its config has, all channels last."""
+    torch.manual_seed(cfg["seed"])  # initial weights; all later random numbers are keyed
     parts = {name: build(cfg[name]) for name in NETWORKS if cfg.get(name) is not None}
-    return build(
-        cfg["module"], optimizer=build(cfg["optimizer"]), lr_schedule=build(cfg["lr_schedule"]), **parts
-    )
+    parts |= {"optimizer": build(cfg["optimizer"]), "lr_schedule": build(cfg["lr_schedule"])}
+    module: TrainingModule = build(cfg["module"], **parts)
+    return module.to(memory_format=torch.channels_last)
 
 
 def load_frozen(module: TrainingModule, name: str, source: Path) -> dict[str, Tensor]:
@@ -80,3 +84,20 @@ def build_callbacks(
         checkpoints,
     ]
     return callbacks, metrics
+
+
+def build_trainer(cfg: Mapping[str, Any], callbacks: list[pl.Callback], datamodule: Any) -> pl.Trainer:
+    """The trainer of the config, once its devices are there and the global batch can be dealt to them."""
+    plugins = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None
+    try:
+        trainer: pl.Trainer = build(
+            cfg["trainer"],
+            callbacks=callbacks,
+            plugins=plugins,
+            default_root_dir=cfg["run_dir"],
+            **FITTING,
+        )
+    except MisconfigurationException as error:
+        raise InputError("trainer", " ".join(str(error).split()), "trainer=cpu runs without a GPU") from None
+    datamodule.check_batch(trainer.num_devices * trainer.num_nodes, trainer.accumulate_grad_batches)
+    return trainer

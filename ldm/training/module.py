@@ -67,28 +67,33 @@ class TrainingModule(pl.LightningModule):
             total, count = old_total + total, old_count + count
         self.recorded[name] = (total, count)
 
-    def take_recorded(self) -> dict[str, float]:
-        """Means of what was recorded since the last call, over all ranks. Synchronises with the device."""
+    def recorded_sums(self) -> dict[str, tuple[float, float]]:
+        """(sum, count) over all ranks of what was recorded and not yet taken. Synchronises with the device."""
         if not self.recorded:
             return {}
         names = sorted(self.recorded)
         pairs = torch.stack([torch.stack(self.recorded[name]) for name in names])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(pairs)
-        self.recorded = {}
-        return {
-            name: total / count
-            for name, (total, count) in zip(names, pairs.tolist(), strict=True)
-            if count > 0
-        }
+        return {name: (total, count) for name, (total, count) in zip(names, pairs.tolist(), strict=True)}
+
+    def take_recorded(self) -> dict[str, float]:
+        """Means of what was recorded since the last call, over all ranks. Synchronises with the device."""
+        sums, self.recorded = self.recorded_sums(), {}
+        return {name: total / count for name, (total, count) in sums.items() if count > 0}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Also starts the EMA: the weights are on their device by now, and no callback has loaded others yet."""
+        self.ema = EMA(self, self.ema_decay)
         weight_decay = getattr(self.make_optimizer, "keywords", {}).get("weight_decay", 0.0)
         return self.make_optimizer(parameter_groups(self, weight_decay))
 
     def on_fit_start(self) -> None:
-        if self.ema is None:
-            self.ema = EMA(self, self.ema_decay)
+        """Take two habits off Lightning: each step, its ranks would wait for the device to learn of signals
+        (`Checkpoints` sees to those), and it would convert the fields of a Batch, which the networks do.
+        """
+        vars(self.trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None
+        vars(self.trainer.precision_plugin)["convert_input"] = lambda batch: batch
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None

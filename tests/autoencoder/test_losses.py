@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm.autoencoder.losses import ReconstructionLoss
+from ldm.autoencoder.losses import FLAT, ReconstructionLoss, edge_strength
 
 B, H, W = 3, 4, 5
 VALUES = 3 * H * W
@@ -28,8 +28,8 @@ def by_hand(name: str, i: int) -> Tensor:
     if name == "l2":
         return (e * e).sum() / VALUES
     if name == "gradient":
-        dx = sum((e[:, y, x + 1] - e[:, y, x]).abs().sum() for y in range(H) for x in range(W - 1))
-        dy = sum((e[:, y + 1, x] - e[:, y, x]).abs().sum() for y in range(H - 1) for x in range(W))
+        dx = sum((e[:, y, x + 1] - e[:, y, x]).square().sum() for y in range(H) for x in range(W - 1))
+        dy = sum((e[:, y + 1, x] - e[:, y, x]).square().sum() for y in range(H - 1) for x in range(W))
         return dx / (3 * H * (W - 1)) + dy / (3 * (H - 1) * W)
     mean, log_variance = moments[:4], moments[4:]
     return 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum() / VALUES
@@ -69,6 +69,23 @@ def test_perceptual_term() -> None:
     expected = (output - target).square().sum(dim=(1, 2, 3))
     torch.testing.assert_close(loss, 0.25 * expected)
     torch.testing.assert_close(logged["perceptual"], expected.mean())
+
+
+def test_edges_ask_for_sharpness_wherever_the_edge_is() -> None:
+    step = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
+    step[..., 5:] = 1.0
+    moved, blurred = step.roll(1, dims=3), step.clone()
+    moved[..., 0] = 0.0
+    blurred[..., 4:7] = torch.tensor([0.25, 0.5, 0.75])
+    strength = edge_strength(step)
+    assert strength.shape == (1, 3, 2, 2)
+    torch.testing.assert_close(strength[0, 0, :, 1], torch.full((2,), (1 / 4 + FLAT) ** 0.5).double())
+    torch.testing.assert_close(strength[0, 0, :, 0], torch.full((2,), FLAT**0.5).double())
+    moments = torch.zeros(1, 8, 2, 2, dtype=torch.float64)
+    loss = ReconstructionLoss(**{**NONE, "edges": 2.0})
+    expected = 2.0 * (strength - edge_strength(blurred)).abs().mean()
+    torch.testing.assert_close(loss(blurred, step, moments)[0], expected[None])
+    assert loss(moved, step, moments)[0] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_low_precision_is_summed_in_float32() -> None:

@@ -1,7 +1,13 @@
 """Tiny modules and tiny LAION-shaped shards, and the overrides that make any recipe small enough for them."""
 
+import csv
 import io
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +15,10 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from ldm.config import build
+import train
+from ldm.config import CONFIG_DIR, build
+
+ROOT = Path(train.__file__).parent
 
 AUTOENCODER = {
     "_target_": "ldm.autoencoder.kl.AutoencoderKL",
@@ -40,11 +49,12 @@ BACKBONE = {
 SMALL = [  # what makes a recipe of SD's size one of a second a step
     "autoencoder.block_out_channels=[8,8,8]",
     "autoencoder.layers_per_block=1",
-    "autoencoder.norm_groups=4",
+    "++autoencoder.norm_groups=4",
     "autoencoder.mid_attention=false",
 ]
 SMALL_DIFFUSION = [
     *SMALL,
+    "++autoencoder.latent_scale=1.0",
     "backbone=tiny",
     "backbone.block_out_channels=[8,16]",
     "backbone.norm_groups=4",
@@ -107,9 +117,7 @@ def laion(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def data(laion):
-    """Overrides that read the tiny shards."""
+def reading(laion):
     return [
         "data=shards",
         f"data.shards={laion}/0000*.tar",
@@ -118,3 +126,157 @@ def data(laion):
         "data.global_batch_size=4",
         "data.num_workers=0",
     ]
+
+
+@pytest.fixture
+def data(laion):
+    """Overrides that read the tiny shards."""
+    return reading(laion)
+
+
+STAGE1 = [
+    *("module=autoencoder", "callbacks=autoencoder", "trainer=cpu", "module.latent_samples=12"),
+    *("backbone=null", "conditioner=null", "noise_scheduler=null", "sampler=null"),
+    *SMALL,
+]
+STAGE2 = ["trainer=cpu", "sampling.num_steps=2", "callbacks.pictures.prompts=[one, two]", *SMALL_DIFFUSION]
+OFTEN = [  # every callback acts within a few steps, and no two at the same ones
+    "optimizer.lr=0.001",
+    "lr_schedule.warmup=3",
+    "trainer.max_steps=7",
+    "callbacks.metrics.every=2",
+    "callbacks.checkpoint.every=3",
+    "callbacks.validation.every=4",
+    "callbacks.pictures.every=5",
+]
+
+
+@pytest.fixture(scope="session")
+def autoencoder_run(laion, tmp_path_factory):
+    """A finished run of stage 1, which must not be changed."""
+    root = tmp_path_factory.mktemp("stage1")
+    argv = [*STAGE1, *reading(laion), *OFTEN, f"run_root={root}", "run_name=first"]
+    assert train.command(argv) == 0
+    return root / "first"
+
+
+@pytest.fixture
+def recipe(data, tmp_path, request):
+    """(stage 1 or 2, run_name, overrides) -> the command line of a tiny run in tmp_path."""
+
+    def make(stage, name, *overrides):
+        argv = [*(STAGE1 if stage == 1 else STAGE2), *data, *OFTEN]
+        if stage == 2:
+            argv.append(f"autoencoder_from={request.getfixturevalue('autoencoder_run')}")
+        return [*argv, f"run_root={tmp_path}", f"run_name={name}", *overrides]
+
+    return make
+
+
+TWO_STAGES = {  # experiments that train.py finds in a copy of configs/
+    "tiny": ["run_name: tiny", "stages: [tiny_autoencoder, tiny_diffusion]"],
+    "tiny_autoencoder": [
+        "defaults:",
+        "  - override /module: autoencoder",
+        "  - override /callbacks: autoencoder",
+        *(f"  - override /{group}: null" for group in ("backbone", "conditioner", "noise_scheduler", "sampler")),
+        *("stage: autoencoder", "module: {latent_samples: 12}"),
+    ],
+    "tiny_diffusion": [
+        "defaults:",
+        "  - override /backbone: tiny",
+        "  - override /conditioner: text_transformer",
+        "autoencoder_from: ${run_dir}/autoencoder",
+        "backbone: {block_out_channels: [8, 16], norm_groups: 4}",
+        "conditioner: {width: 16, layers: 1, heads: 2, context_length: 12}",
+        *("stage: diffusion", "sampling: {num_steps: 2}", "callbacks: {pictures: {prompts: [one, two]}}"),
+    ],
+}
+
+
+@pytest.fixture(scope="session")
+def two_stage_configs(tmp_path_factory):
+    """A copy of configs/ with an experiment `tiny` of two stages."""
+    folder = shutil.copytree(CONFIG_DIR, tmp_path_factory.mktemp("copy") / "configs")
+    for name, lines in TWO_STAGES.items():
+        (folder / f"experiment/{name}.yaml").write_text("\n".join(["# @package _global_", *lines, ""]))
+    return folder
+
+
+@pytest.fixture
+def two_stages(two_stage_configs, data, monkeypatch):
+    """(run_root, overrides) -> the command line of a tiny run of two stages."""
+    monkeypatch.setattr("ldm.config.CONFIG_DIR", two_stage_configs)
+    common = ["trainer=cpu", *SMALL, "++autoencoder.latent_scale=1.0", *data, *OFTEN]
+    return lambda root, *overrides: ["experiment=tiny", *common, f"run_root={root}", *overrides]
+
+
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+import ldm.config
+ldm.config.CONFIG_DIR = Path({configs!r})
+import train
+from ldm.training.module import TrainingModule
+
+at, step_time = {at!r}, {step_time!r}
+original = TrainingModule.optimizer_step
+
+def optimizer_step(self, *args, **kwargs):
+    time.sleep(step_time)
+    if [type(self).__name__, self.trainer.global_step + 1] == at:
+        os._exit(9)
+    original(self, *args, **kwargs)
+
+TrainingModule.optimizer_step = optimizer_step
+if __name__ == "__main__":
+    sys.exit(train.command(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def process(two_stage_configs, tmp_path):
+    """(command line) -> train.py as a process; `at=(module, step)`: it dies in the middle of that step."""
+    started = []
+
+    def start(argv, at=None, step_time=0.0, env=None):
+        settings = {"configs": str(two_stage_configs), "at": at and list(at), "step_time": step_time}
+        script = tmp_path / f"script{len(started)}.py"
+        script.write_text(SCRIPT.format(**settings))
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(env or {})}
+        command = [sys.executable, str(script), *argv]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(command, env=env, **pipes))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.poll() is None:
+            one.kill()
+        one.communicate()
+
+
+@pytest.fixture
+def rows():
+    """Run or stage -> its metrics.csv as a list of (step, name, value), without what depends on the clock."""
+
+    def read(folder):
+        with (folder / "metrics.csv").open(newline="") as file:
+            return [tuple(row) for row in csv.reader(file) if not row[1].startswith("perf/")][1:]
+
+    return read
+
+
+@pytest.fixture
+def assert_same_run(rows):
+    """Two runs or stages: newest checkpoint equal byte for byte, and the same rows in the log."""
+
+    def check(run, other):
+        newest, expected = (sorted((folder / "checkpoints").glob("step-*"))[-1] for folder in (run, other))
+        assert newest.name == expected.name
+        for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "data.json"):
+            assert (newest / name).read_bytes() == (expected / name).read_bytes(), name
+        assert rows(run) == rows(other)
+
+    return check

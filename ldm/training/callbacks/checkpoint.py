@@ -22,6 +22,8 @@ from ldm.errors import InputError
 from ldm.training.callbacks.base import StepCallback
 from ldm.training.module import TrainingModule
 
+AGREE = 10  # optimizer steps after which the ranks ask each other for signals
+
 log = logging.getLogger(__name__)
 
 
@@ -65,8 +67,11 @@ class Checkpoints(StepCallback):
             self.restore(trainer, module, self.resume)
         elif self.init is not None:
             load_weights(module, self.init)
-        super().on_fit_start(trainer, pl_module)
         self._started = time.perf_counter()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Signals: over Lightning's handlers, set just before; it puts back those from before the fit."""
+        super().on_train_start(trainer, pl_module)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._flag)
@@ -77,16 +82,34 @@ class Checkpoints(StepCallback):
         self.interrupted = number
 
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
-        if step % self.every == 0 or self.interrupted is not None:
+        stop = self._stops(trainer, step)
+        if step % self.every == 0 or step == trainer.max_steps or stop:
             self.save(trainer, module)
-        if self.interrupted is not None:
+        if stop:
             log.info("signal %d: saved step %d, the same command goes on from here", self.interrupted, step)
             trainer.should_stop = True
+
+    def _stops(self, trainer: pl.Trainer, step: int) -> bool:
+        """Whether a signal came: to any of the ranks, so that all of them stop after the same step."""
+        if trainer.world_size > 1:
+            if step % AGREE and step != trainer.max_steps:
+                return False
+            number = torch.tensor(self.interrupted or 0, device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+            self.interrupted = int(number) or None
+        return self.interrupted is not None
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """No rank goes on before the last checkpoint is whole: the next stage reads it."""
+        trainer.strategy.barrier()
 
     def save(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         """Write the checkpoint of the current step, unless it is there already; on rank 0."""
         step = trainer.global_step
-        if not trainer.is_global_zero or step == self._saved_step:
+        if step == self._saved_step:
+            return
+        self._saved_step, recorded = step, module.recorded_sums()
+        if not trainer.is_global_zero:
             return
         assert module.ema is not None
         datamodule: Any = getattr(trainer, "datamodule", None)
@@ -94,6 +117,7 @@ class Checkpoints(StepCallback):
         batch = datamodule.global_batch_size if datamodule is not None else 0
         state: dict[str, Any] = {"step": step, "images": step * batch}
         state |= {"seconds": self.seconds, "networks": self.networks, "optimizer": settings}
+        state["recorded"] = recorded
         native.save(
             self.folder,
             step,
@@ -105,7 +129,6 @@ class Checkpoints(StepCallback):
             },
         )
         native.prune(self.folder, self.keep_last)
-        self._saved_step = step
 
     def restore(self, trainer: pl.Trainer, module: TrainingModule, path: Path) -> None:
         """Take up the run at `path`: every rank reads the same files."""
@@ -127,6 +150,9 @@ class Checkpoints(StepCallback):
                     f"this network has sha256 {mine[:12]}, the run was trained with {entry['sha256'][:12]}",
                     "use the network that the run started with, or a new run_name",
                 )
+        if trainer.is_global_zero:
+            pairs = {name: torch.tensor(pair, device=module.device) for name, pair in state["recorded"].items()}
+            module.recorded = {name: (pair[0], pair[1]) for name, pair in pairs.items()}
         # Lightning derives global_step from this counter; everything else of its loop state is ours or keyed.
         loop = trainer.fit_loop.epoch_loop
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = state["step"]

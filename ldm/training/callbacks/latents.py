@@ -21,7 +21,8 @@ class LatentStatistics(StepCallback):
         if step != trainer.max_steps or not isinstance(module, AutoencoderModule):
             return
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        steps = math.ceil(module.latent_samples / datamodule.global_batch_size)
-        stream = datamodule.stream(rank=trainer.global_rank, world_size=trainer.world_size, start=0)
-        batches = (batch.to(module.device) for _, batch in zip(range(steps), stream, strict=False))
+        micro = trainer.accumulate_grad_batches  # batches no larger than those of training
+        count = math.ceil(module.latent_samples / datamodule.global_batch_size) * micro
+        stream = datamodule.stream(trainer.global_rank, trainer.world_size, start=0, accumulate=micro)
+        batches = (batch.to(module.device) for _, batch in zip(range(count), stream, strict=False))
         log.info("latent shift and scale measured over %d pictures", module.measure_latents(batches))

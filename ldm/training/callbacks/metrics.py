@@ -24,8 +24,8 @@ class MetricsLog(StepCallback):
         self.latest: dict[str, float] = {}
         self._clock = (0.0, 0)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._clock = (time.perf_counter(), trainer.global_step)
         if trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,14 +52,13 @@ class MetricsLog(StepCallback):
 
     def summary(self) -> str:
         """The newest validation figure in a few words, else the newest loss."""
+        latest = self.latest or {name: float(value) for _, name, value in self._read()}
         shown = {
             "validation/psnr": "PSNR {:.1f} dB",
             "validation/loss": "validation loss {:.4f}",
             "train/loss": "loss {:.4f}",
         }
-        return next(
-            (text.format(self.latest[name]) for name, text in shown.items() if name in self.latest), ""
-        )
+        return next((text.format(latest[name]) for name, text in shown.items() if name in latest), "")
 
     def write(self, trainer: pl.Trainer, step: int, values: dict[str, float]) -> None:
         """Append `values` to the file, and give them to the trainer's loggers. Rank 0 only."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import lightning.pytorch as pl
 from rich.console import Console
 from rich.progress import (
@@ -26,9 +28,11 @@ class ProgressBar(StepCallback):
         self.stage, self.metrics, self.every = stage, metrics, every
         self.console = Console(stderr=True)
         self._bar: Progress | None = None
-        self._started = False
+        self._began, self._first = 0.0, 0  # time and step at which this process began to train
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._began, self._first = time.perf_counter(), trainer.global_step
         if trainer.is_global_zero and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -52,12 +56,13 @@ class ProgressBar(StepCallback):
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=self.figures())
         elif step % self.every == 0 or step == trainer.max_steps:
-            self.console.print(
-                f"{self.stage}  step {step}/{trainer.max_steps}  {self.figures()}", highlight=False
-            )
+            left = (trainer.max_steps - step) * (time.perf_counter() - self._began) / (step - self._first)
+            minutes, seconds = divmod(round(left), 60)
+            done = f"{self.stage}  step {step}/{trainer.max_steps}  left {minutes}:{seconds:02d}"
+            self.console.print(f"{done}  {self.figures()}", highlight=False)
 
     def figures(self) -> str:
-        """The newest row of the log in a few words, with the time left."""
+        """The newest row of the log in a few words."""
         latest = self.metrics.latest
         rate = latest.get("perf/images_per_sec")
         words = [f"{rate:.0f} images/s"] if rate else []
