@@ -45,12 +45,7 @@ MAY_CHANGE_ON_RESUME = (  # dotted prefixes: what decides where and how fast, ne
     "trainer.max_steps",
     "trainer.max_time",
     "trainer.log_every_n_steps",
-    "trainer.enable_progress_bar",
-    "trainer.enable_model_summary",
     "trainer.profiler",
-    "trainer.logger",
-    "trainer.callbacks",
-    "trainer.default_root_dir",
     "autoencoder_from",  # another place for the same network: its sha256 is compared
     "data.shards",  # likewise: the digest of the samples is compared
     "data.validation_shards",

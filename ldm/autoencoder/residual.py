@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.kl import AutoencoderKL
 
 LOG_VARIANCE = -6.0  # of the posterior at the start: noise must not drown what the linear path carries
-COLOURS = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])  # brightness, two of hue
+COLOURS = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))  # brightness, two of hue
 HUE_COST = 2.0  # on squared frequency: the eye and most pictures have less detail in hue
 
 
@@ -32,7 +32,7 @@ def cosine_basis(size: int, count: int) -> Tensor:
     k = torch.arange(size, dtype=torch.float64)
     waves = torch.cos(math.pi * (2 * k + 1) * k[:, None] / (2 * size)) * math.sqrt(2 / size)
     waves[0] /= math.sqrt(2)
-    colours = COLOURS.double() / COLOURS.double().norm(dim=1, keepdim=True)
+    colours = F.normalize(torch.tensor(COLOURS, dtype=torch.float64))
     order = sorted(
         ((u * u + v * v + (hue > 0)) * (HUE_COST if hue else 1.0), hue, u, v)
         for hue in range(3)

@@ -62,7 +62,7 @@ def load_frozen(module: TrainingModule, name: str, source: Path) -> dict[str, Te
         raise InputError(
             where, f"{path} holds no {name}", f"give a checkpoint of a stage that trained the {name}"
         )
-    load_strict(module.frozen[name], tensors, path)
+    load_strict(module.frozen[name], tensors, f"{where}={source}")
     return tensors
 
 

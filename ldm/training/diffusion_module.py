@@ -22,6 +22,18 @@ NOISE_LEVELS = 4  # quarters of the time axis that the loss is logged for
 VALIDATION_TIMES = 8  # equidistant times that validation pictures take in turn
 
 
+def check_widths(autoencoder: Any, conditioner: Any, backbone: Any) -> None:
+    """Raise a ValueError unless the backbone takes and gives what the other two networks give and take."""
+    channels = autoencoder.latent_channels
+    for name, width in (("in_channels", channels), ("out_channels", channels)):
+        if getattr(backbone, name) != width:
+            raise ValueError(f"backbone.{name}={getattr(backbone, name)}, but latents have {width} channels")
+    for name in ("context_dim", "pooled_dim"):
+        taken, given = (getattr(network, name, None) for network in (backbone, conditioner))
+        if taken != given:
+            raise ValueError(f"backbone.{name}={taken}, but conditioner.{name}={given}")
+
+
 class LatentDiffusionModule(TrainingModule):
     """`batch.weight` 0 takes a sample out of the loss; the denominator stays the batch size."""
 
@@ -40,6 +52,9 @@ class LatentDiffusionModule(TrainingModule):
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer, lr_schedule, ema_decay, seed)
+        if not 0 <= drop <= 1:
+            raise ValueError(f"drop={drop} must be in [0, 1]")
+        check_widths(autoencoder, conditioner, backbone)
         self.backbone, self.noise_scheduler = backbone, noise_scheduler
         self.freeze("autoencoder", autoencoder)
         if any(p.requires_grad for p in conditioner.parameters()):

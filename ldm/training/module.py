@@ -38,6 +38,8 @@ class TrainingModule(pl.LightningModule):
         seed: int,
     ) -> None:
         super().__init__()
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay={ema_decay} must be in [0, 1)")
         self.make_optimizer, self.lr_schedule = optimizer, lr_schedule
         self.ema_decay, self.seed = ema_decay, seed
         self.ema: EMA | None = None

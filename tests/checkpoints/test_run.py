@@ -58,7 +58,9 @@ def test_record_counts_restarts_jobs_and_stages(tmp_path, monkeypatch):
     )
     for job in ("71", "71", "72"):
         monkeypatch.setenv("SLURM_JOB_ID", job)
+        run = RunDirectory(tmp_path, "quick")
         run.start()
+        run.start()  # the next stage of the same process is not another restart
     run.note(wandb_id="abc")
     run.finish("autoencoder", "PSNR 26.1 dB")
     run.finish("diffusion", "object 86 %")
@@ -210,6 +212,8 @@ def test_one_writer_until_it_is_killed(tmp_path, how):
 
 def test_the_lock_is_given_back_also_after_an_error(tmp_path):
     run = RunDirectory(tmp_path, "quick")
+    with run.lock():
+        run.start()
     with pytest.raises(InputError, match="held by pid"), run.lock(), run.lock():
         pass
     with pytest.raises(KeyError), run.lock():

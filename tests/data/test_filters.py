@@ -110,6 +110,18 @@ def test_the_same_filter_twice_is_counted_twice(shards):
     assert list(twice.dropped.values()) == [27, 0]
 
 
+def test_a_limit_keeps_the_first_of_what_the_filters_keep(shards):
+    index = build_index(str(shards), progress=False)
+    every = select(index, [MinValue("aesthetic", 2.0)])
+    some = select(index, [MinValue("aesthetic", 2.0)], limit=20)
+    assert some.rows.tolist() == every.rows[:20].tolist()
+    assert some.counts.tolist() == [15, 5, 0]
+    assert some.dropped["limit"] == len(every) - 20
+    assert some.table()[0].endswith("20  kept of 64 samples")
+    assert some.digest != every.digest
+    assert select(index, [MinValue("aesthetic", 2.0)], limit=64).digest == every.digest, "it changes nothing"
+
+
 def test_missing_column_names_those_there_are(write, sample):
     index = build_index(str(write("00000.tar", [sample(i, Aesthetics=4.0, punsafe=0.1) for i in range(2)])))
     with pytest.raises(InputError) as caught:

@@ -179,7 +179,10 @@ TWO_STAGES = {  # experiments that train.py finds in a copy of configs/
         "defaults:",
         "  - override /module: autoencoder",
         "  - override /callbacks: autoencoder",
-        *(f"  - override /{group}: null" for group in ("backbone", "conditioner", "noise_scheduler", "sampler")),
+        *(
+            f"  - override /{group}: null"
+            for group in ("backbone", "conditioner", "noise_scheduler", "sampler")
+        ),
         *("stage: autoencoder", "module: {latent_samples: 12}"),
     ],
     "tiny_diffusion": [
@@ -254,7 +257,23 @@ def process(two_stage_configs, tmp_path):
     for one in started:
         if one.poll() is None:
             one.kill()
-        one.communicate()
+        one.wait()
+        one.stdout.close()
+
+
+@pytest.fixture
+def refused(capsys):
+    """(command line) -> the one line that it ends with, exit code 2."""
+
+    def line_of(argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            train.command(argv)
+        assert stop.value.code == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ldm: error: ")]
+        return line.removeprefix("ldm: error: ")
+
+    return line_of
 
 
 @pytest.fixture
@@ -280,3 +299,9 @@ def assert_same_run(rows):
         assert rows(run) == rows(other)
 
     return check
+
+
+@pytest.fixture
+def small_diffusion():
+    """Overrides that make any stage-2 recipe tiny."""
+    return SMALL_DIFFUSION

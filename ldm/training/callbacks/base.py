@@ -12,7 +12,10 @@ from ldm.training.module import TrainingModule
 class StepCallback(pl.Callback):
     """Calls `on_step(trainer, module, step)` once per completed optimizer step; step counts from 1."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"every={every} must be a number of optimizer steps from 1")
+        self.every = every
         self._last_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

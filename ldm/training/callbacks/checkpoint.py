@@ -45,10 +45,8 @@ class Checkpoints(StepCallback):
         resume: Path | None = None,
         init: Path | None = None,
     ) -> None:
-        super().__init__()
-        if every < 1:
-            raise InputError("callbacks.checkpoint.every", f"{every}", "give a number of steps from 1")
-        self.folder, self.every, self.keep_last = folder, every, keep_last
+        super().__init__(every)
+        self.folder, self.keep_last = folder, keep_last
         self.config, self.networks, self.resume, self.init = config, networks or {}, resume, init
         self.interrupted: int | None = None  # number of the signal that ended the run
         self._saved_step = -1
@@ -133,7 +131,7 @@ class Checkpoints(StepCallback):
     def restore(self, trainer: pl.Trainer, module: TrainingModule, path: Path) -> None:
         """Take up the run at `path`: every rank reads the same files."""
         state = native.load_document(path, "state.json")
-        load_strict(module, native.load_tensors(path, "model"), path)
+        load_strict(module, native.load_tensors(path, "model"), str(path))
         assert module.ema is not None
         module.ema.load_state_dict(native.load_tensors(path, "ema"))
         restore_optimizer(
@@ -151,7 +149,9 @@ class Checkpoints(StepCallback):
                     "use the network that the run started with, or a new run_name",
                 )
         if trainer.is_global_zero:
-            pairs = {name: torch.tensor(pair, device=module.device) for name, pair in state["recorded"].items()}
+            pairs = {
+                name: torch.tensor(pair, device=module.device) for name, pair in state["recorded"].items()
+            }
             module.recorded = {name: (pair[0], pair[1]) for name, pair in pairs.items()}
         # Lightning derives global_step from this counter; everything else of its loop state is ours or keyed.
         loop = trainer.fit_loop.epoch_loop
@@ -169,19 +169,23 @@ def names_of(module: TrainingModule) -> dict[torch.nn.Parameter, str]:
     return {p: name for name, p in module.named_parameters() if p.requires_grad}
 
 
-def load_strict(module: torch.nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Load all of `module`, or say in one line which names or shapes disagree."""
+def load_strict(module: torch.nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Load all of `module`, or say in one line which names or shapes disagree; `where` they come from."""
     own = module.state_dict()
     missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     shapes = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
     if missing or extra:
         raise InputError(
-            str(path), f"{len(missing)} tensors missing ({missing[:2]}), {len(extra)} unknown ({extra[:2]})"
+            where,
+            f"{len(missing)} tensors missing ({missing[:2]}), {len(extra)} unknown ({extra[:2]})",
+            "use the config that it was trained with",
         )
     if shapes:
         k = shapes[0]
         raise InputError(
-            str(path), f"{k} has shape {list(tensors[k].shape)}, the config says {list(own[k].shape)}"
+            where,
+            f"{k} has shape {list(tensors[k].shape)}, the config says {list(own[k].shape)}",
+            "use the config that it was trained with",
         )
     module.load_state_dict(tensors)
 
@@ -196,7 +200,7 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
 
 def load_weights(module: TrainingModule, path: Path) -> None:
     """Weights only, from the EMA where there is one; the new run starts at step 0."""
-    load_strict(module, weights_of(path), path)
+    load_strict(module, weights_of(path), str(path))
     assert module.ema is not None
     with torch.no_grad():
         for average, parameter in zip(module.ema.average, module.ema.parameters, strict=True):

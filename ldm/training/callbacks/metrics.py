@@ -19,8 +19,8 @@ class MetricsLog(StepCallback):
     """Rows are long-form (step, name, value), so that resuming and new names never break the file."""
 
     def __init__(self, path: Path, every: int = 50) -> None:
-        super().__init__()
-        self.path, self.every = path, every
+        super().__init__(every)
+        self.path = path
         self.latest: dict[str, float] = {}
         self._clock = (0.0, 0)
 

@@ -33,8 +33,8 @@ class TextPictures(StepCallback):
         spacing: str = "trailing",
         guidance_scale: float = 3.0,
     ) -> None:
-        super().__init__()
-        self.folder, self.every, self.prompts, self.image_size = folder, every, list(prompts), image_size
+        super().__init__(every)
+        self.folder, self.prompts, self.image_size = folder, list(prompts), image_size
         self.sampler, self.num_steps, self.spacing = sampler, num_steps, spacing
         self.guidance_scale = guidance_scale
 
@@ -74,8 +74,8 @@ class ReconstructionPictures(StepCallback):
     """Held-out pictures above their reconstructions into folder/step-000001200.png, from the EMA weights."""
 
     def __init__(self, folder: Path, every: int, num_images: int = 8) -> None:
-        super().__init__()
-        self.folder, self.every, self.num_images = folder, every, num_images
+        super().__init__(every)
+        self.folder, self.num_images = folder, num_images
 
     @torch.no_grad()
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:

@@ -18,8 +18,8 @@ class Validation(StepCallback):
     """Writes the means of `module.validation_terms` to `metrics`, every `every` steps."""
 
     def __init__(self, metrics: MetricsLog, every: int) -> None:
-        super().__init__()
-        self.metrics, self.every = metrics, every
+        super().__init__(every)
+        self.metrics = metrics
 
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
         if step % self.every == 0:

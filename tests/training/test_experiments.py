@@ -1,0 +1,197 @@
+"""Every file of configs/ composes and builds; every recipe and debug switch runs at tiny size."""
+
+import csv
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from ldm.checkpoints import native
+from ldm.checkpoints.run import Stage
+from ldm.config import CONFIG_DIR, build, compose, plain
+from ldm.training.assembly import FITTING, build_callbacks, build_module
+from ldm.training.autoencoder_module import AutoencoderModule
+from ldm.training.diffusion_module import LatentDiffusionModule
+from ldm.training.module import TrainingModule
+
+EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
+OPTIONS = sorted((path.parent.name, path.stem) for path in CONFIG_DIR.glob("*/*.yaml"))
+GIVEN = ["run_name=x", "data.shards=x.tar", "autoencoder_from=x"]  # what recipes leave to the user
+FILTERS = (
+    "[{_target_: ldm.data.filters.MinValue, column: aesthetic, value: 5.0},"
+    "{_target_: ldm.data.filters.MaxValue, column: punsafe, value: 0.5},"
+    "{_target_: ldm.data.filters.MaxValue, column: pwatermark, value: 0.5},"
+    "{_target_: ldm.data.filters.MinValue, column: similarity, value: 0.3},"
+    "{_target_: ldm.data.filters.MinSize, pixels: 512},"
+    "{_target_: ldm.data.filters.AspectRatio, min: 0.5, max: 2.0},"
+    "{_target_: ldm.data.filters.CaptionLength, min: 5}]"
+)
+KWARGS = {"metrics": {"path": "x"}, "checkpoint": {"folder": "x"}, "validation": {"metrics": None}}
+
+
+@pytest.fixture
+def small(small_diffusion):
+    """experiment -> overrides that make it tiny."""
+    return lambda name: small_diffusion if name == "laion_subset" else []
+
+
+def stages_of(cfg):
+    return [compose("train", [f"experiment={name}"]) for name in cfg.stages or []] or [cfg]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_builds(name, small, tmp_path):
+    given = GIVEN[1:] if name == "laion_subset" else []
+    for cfg in stages_of(compose("train", [f"experiment={name}", *given, *small(name)])):
+        module = build_module(cfg)
+        assert isinstance(module, LatentDiffusionModule if "backbone" in cfg else AutoencoderModule)
+        assert sum(p.numel() for p in module.parameters()) > 1000
+        datamodule = build(cfg.data)
+        assert datamodule.global_batch_size == cfg.data.global_batch_size
+        checkpoints = build(cfg.callbacks.checkpoint, folder=tmp_path)
+        callbacks, metrics = build_callbacks(cfg, Stage(cfg.stage, tmp_path), checkpoints)
+        assert callbacks[-1] is checkpoints
+        assert metrics in callbacks
+        assert (cfg.report is None) == (name == "laion_subset")
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_says_what_it_needs_and_gives(name):
+    """A recipe's header: hardware, time, and the result to expect."""
+    header = [
+        line for line in (CONFIG_DIR / f"experiment/{name}.yaml").read_text().splitlines() if line[:1] == "#"
+    ]
+    assert header[0] == "# @package _global_"
+    for word in ("Hardware:", "Time:", "Expect:"):
+        assert any(word in line for line in header), word
+
+
+def choices(group, option, small):
+    """Overrides under which this option makes a whole config."""
+    chosen = [f"{group}={option}"]
+    if group in ("experiment", "debug"):
+        return [*(["experiment=quickstart_diffusion"] if group == "debug" else []), *chosen]
+    if (group, option) in (("module", "autoencoder"), ("callbacks", "autoencoder")):
+        chosen += ["backbone=null", "conditioner=null", "noise_scheduler=null", "sampler=null"]
+    elif group == "module":
+        chosen += small
+    return [*chosen, "trainer=cpu"] if group != "trainer" else chosen
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_of_every_group_composes(group, option, small_diffusion):
+    given = [text for text in GIVEN if not (group == "data" and option != "shards" and "shards" in text)]
+    if group in ("experiment", "debug") and option != "laion_subset":
+        given = []
+    extra = ["data.folder=x"] if option == "folder" else []
+    cfg = compose("train", [*choices(group, option, small_diffusion), *given, *extra])
+    assert plain(cfg)
+    if group in ("experiment", "debug"):
+        return
+    section = cfg[group]
+    if group == "callbacks":
+        pictures = {"folder": "x"} | ({"sampler": None} if option == "latent_diffusion" else {})
+        for name, part in section.items():
+            assert build(part, **({**KWARGS, "pictures": pictures}[name])).every == part.every
+    elif group == "trainer" and option != "cpu":
+        assert section.accelerator == "gpu"  # what a machine without one says is in test_train_command
+    elif group == "trainer":
+        assert build(section, **FITTING).max_steps == section.max_steps
+    elif group == "module":
+        assert isinstance(build_module(cfg), TrainingModule)
+    elif group in ("autoencoder", "backbone", "conditioner"):
+        if option == "open_clip":
+            section.pretrained = "random"
+        with torch.device("meta"):
+            assert sum(p.numel() for p in build(section).parameters()) > 0
+    else:
+        assert build(section) is not None
+
+
+def test_laion_subset_has_the_sizes_of_stable_diffusion_1():
+    cfg = compose("train", ["experiment=laion_subset", *GIVEN[1:]])
+    with torch.device("meta"):
+        backbone, autoencoder = build(cfg.backbone), build(cfg.autoencoder)
+    assert sum(p.numel() for p in backbone.parameters()) == 859_520_964
+    assert sum(p.numel() for p in autoencoder.parameters()) == 83_653_863
+    assert cfg.data.global_batch_size == 2048
+    assert cfg.data.image_size == 256
+
+
+def final(folder):
+    return native.load_document(native.resolve(folder), "state.json")
+
+
+def values(folder, name):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [float(row[2]) for row in csv.reader(file) if row[1] == name]
+
+
+@pytest.fixture
+def laion_subset(small_diffusion, data, autoencoder_run, tmp_path):
+    """The experiment as a user would shrink it: by overrides alone."""
+    given = [f"autoencoder_from={autoencoder_run}", f"run_root={tmp_path}", f"data.filters={FILTERS}"]
+    return ["experiment=laion_subset", *small_diffusion, *data, *given, "lr_schedule.warmup=2"]
+
+
+def test_laion_subset_runs_on_tiny_shards(laion_subset, tmp_path):
+    often = ["trainer.max_steps=4", "callbacks.metrics.every=2", "callbacks.validation.every=4"]
+    pictures = ["callbacks.pictures.every=4", "sampling.num_steps=2"]
+    argv = [*laion_subset, "trainer=cpu", *often, *pictures, "data.validation_filters=[]"]
+    assert train.command(argv) == 0
+    run = tmp_path / "laion_subset"
+    assert final(run)["step"] == 4
+    assert final(run)["images"] == 16
+    assert len(values(run, "train/loss")) == 2
+    assert len(values(run, "validation/loss")) == 1
+    with Image.open(run / "samples/step-000000004.png") as picture:
+        assert picture.width > 32
+
+
+def test_debug_fast_shows_that_the_whole_quickstart_runs(tmp_path):
+    size = ["data.num_objects=4", f"data.cache_dir={tmp_path}/data", f"run_root={tmp_path}"]
+    assert train.command(["experiment=quickstart", "debug=fast", *size]) == 0
+    run = tmp_path / "debug_fast"
+    for stage in ("autoencoder", "diffusion"):
+        assert final(run / stage)["step"] == 2
+        assert (run / stage / "samples/step-000000002.png").is_file()
+    assert values(run / "autoencoder", "validation/psnr")
+    assert values(run / "diffusion", "validation/loss")
+    assert (run / "contact_sheet.png").is_file()
+
+
+def test_debug_overfit_brings_the_loss_down(recipe, tmp_path):
+    steps = ["trainer.max_steps=160", "callbacks.metrics.every=20", "callbacks.checkpoint.every=160"]
+    calm = ["callbacks.validation.every=160", "callbacks.pictures.every=160", "optimizer.lr=0.01"]
+    argv = recipe(1, "debug_overfit", "lr_schedule=cosine", "debug=overfit")
+    assert train.command([*(text for text in argv if text != "lr_schedule.warmup=3"), *steps, *calm]) == 0
+    losses = values(tmp_path / "debug_overfit", "train/l1")
+    assert losses[-1] < losses[0] / 2.5  # the pictures' own grain is a sixth of the first loss
+
+
+def test_debug_overfit_sees_eight_samples(recipe):
+    cfg = compose("train", [*recipe(1, "x"), "debug=overfit"])
+    datamodule = build(cfg.data)
+    seen = {key for _, batch in zip(range(12), datamodule.stream(), strict=False) for key in batch.key}
+    assert len(seen) == 8
+
+
+def test_debug_profile_writes_a_table_and_a_trace(recipe, tmp_path):
+    assert train.command([*recipe(2, "debug_profile"), "debug=profile", "trainer.max_steps=6"]) == 0
+    run = tmp_path / "debug_profile"
+    (table,) = run.glob("*profile*.txt")
+    assert "aten::" in table.read_text()
+    assert list(run.glob("*profile*.json"))
+
+
+def test_debug_ddp_cpu_runs_the_recipe_on_two_processes(laion_subset, process, tmp_path):
+    one = process([*laion_subset, "debug=ddp_cpu", "sampling.num_steps=2", "data.validation_filters=[]"])
+    output, _ = one.communicate(timeout=300)
+    assert one.returncode == 0, output
+    run = tmp_path / "debug_ddp_cpu"
+    assert final(run)["step"] == 4
+    assert final(run)["images"] == 16
+    assert len(values(run, "train/loss")) == 4
+    assert (run / "samples/step-000000004.png").is_file()
