@@ -1,9 +1,9 @@
 """An autoencoder that learns only what a linear map of pixel patches misses: pictures after minutes on a CPU.
 
 The linear path joins each patch of factor x factor pixels to its latents, as the shortcuts of residual
-autoencoding do (Chen et al., "Deep compression autoencoder", 2024). It starts as the first terms of the cosine
-transform, as in JPEG; the network starts at zero beside it. The network sees the picture as patches of
-patch_size x patch_size pixels along channels, so no convolution runs at full resolution.
+autoencoding do (Chen et al., "Deep compression autoencoder", 2024). It starts as the first terms of the
+cosine transform, as in JPEG; the network starts at zero beside it. The network sees the picture as patches
+of patch_size x patch_size pixels along channels, so no convolution runs at full resolution.
 Not an AutoencoderKL that other tools load: for that train `AutoencoderKL`.
 """
 

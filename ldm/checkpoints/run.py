@@ -99,7 +99,7 @@ class RunDirectory:
             ) from None
 
     def start(self) -> None:
-        """Make the directory, or count one more restart, once; notes the Slurm job. Call it under the lock."""
+        """Make the directory, or count a restart, once; notes the Slurm job. Call it under the lock."""
         if self.rank != 0 or self._started:
             return
         self._started = True
@@ -152,7 +152,7 @@ class RunDirectory:
                 raise InputError(f"{folder}", what, "choose another run_name, or take the old value")
 
     def settle_config(self, config: Mapping[str, Any], stage: str = "") -> None:
-        """Check the config of the run (or of a stage), and store it resolved, as rank 0: the newer one stays."""
+        """Check the config of the run (or of a stage), and store it resolved: the newer one stays."""
         self.check_config(config, stage)
         folder = self.stage(stage).folder
         file = folder / CONFIG

@@ -49,7 +49,7 @@ def build_module(cfg: Mapping[str, Any]) -> TrainingModule:
 
 
 def load_frozen(module: TrainingModule, name: str, source: Path) -> dict[str, Tensor]:
-    """Load the frozen network `name` from a checkpoint that trained it or refers to it; returns its tensors."""
+    """Load the frozen network `name` from a checkpoint that trained it or names it; returns its tensors."""
     where = f"{name}_from"
     path = native.resolve(source, where=where)
     networks = native.load_document(path, "state.json").get("networks", {})

@@ -41,7 +41,7 @@ class LatentDiffusionModule(TrainingModule):
         self,
         autoencoder: Any,
         conditioner: Any,
-        backbone: nn.Module,
+        backbone: Any,
         noise_scheduler: Any,
         weighting: Weighting,
         time_distribution: TimeDistribution,
@@ -56,11 +56,11 @@ class LatentDiffusionModule(TrainingModule):
             raise ValueError(f"drop={drop} must be in [0, 1]")
         check_widths(autoencoder, conditioner, backbone)
         self.backbone, self.noise_scheduler = backbone, noise_scheduler
-        self.freeze("autoencoder", autoencoder)
+        self.keep_frozen("autoencoder", autoencoder)
         if any(p.requires_grad for p in conditioner.parameters()):
             self.conditioner = conditioner
         else:
-            self.freeze("conditioner", conditioner)
+            self.keep_frozen("conditioner", conditioner)
         self.denoiser = Denoiser(backbone, noise_scheduler, weighting)
         self.time_distribution, self.drop = time_distribution, drop
 

@@ -46,7 +46,7 @@ class TrainingModule(pl.LightningModule):
         self.frozen: dict[str, nn.Module] = {}
         self.recorded: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (sum, count), on the device
 
-    def freeze(self, name: str, network: nn.Module) -> None:
+    def keep_frozen(self, name: str, network: nn.Module) -> None:
         """Keep `network` beside the module: eval mode for good, no gradients."""
         self.frozen[name] = network.eval().requires_grad_(False)
 
@@ -70,7 +70,7 @@ class TrainingModule(pl.LightningModule):
         self.recorded[name] = (total, count)
 
     def recorded_sums(self) -> dict[str, tuple[float, float]]:
-        """(sum, count) over all ranks of what was recorded and not yet taken. Synchronises with the device."""
+        """(sum, count) over all ranks of what was recorded and not yet taken. Waits for the device."""
         if not self.recorded:
             return {}
         names = sorted(self.recorded)
@@ -80,12 +80,12 @@ class TrainingModule(pl.LightningModule):
         return {name: (total, count) for name, (total, count) in zip(names, pairs.tolist(), strict=True)}
 
     def take_recorded(self) -> dict[str, float]:
-        """Means of what was recorded since the last call, over all ranks. Synchronises with the device."""
+        """Means of what was recorded since the last call, over all ranks. Waits for the device."""
         sums, self.recorded = self.recorded_sums(), {}
         return {name: total / count for name, (total, count) in sums.items() if count > 0}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Also starts the EMA: the weights are on their device by now, and no callback has loaded others yet."""
+        """Also starts the EMA: the weights are on their device, and no callback has loaded others yet."""
         self.ema = EMA(self, self.ema_decay)
         weight_decay = getattr(self.make_optimizer, "keywords", {}).get("weight_decay", 0.0)
         return self.make_optimizer(parameter_groups(self, weight_decay))

@@ -206,12 +206,23 @@ def two_stage_configs(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def two_stage_overrides(laion):
+    return [
+        "experiment=tiny",
+        "trainer=cpu",
+        *SMALL,
+        "++autoencoder.latent_scale=1.0",
+        *reading(laion),
+        *OFTEN,
+    ]
+
+
 @pytest.fixture
-def two_stages(two_stage_configs, data, monkeypatch):
+def two_stages(two_stage_configs, two_stage_overrides, monkeypatch):
     """(run_root, overrides) -> the command line of a tiny run of two stages."""
     monkeypatch.setattr("ldm.config.CONFIG_DIR", two_stage_configs)
-    common = ["trainer=cpu", *SMALL, "++autoencoder.latent_scale=1.0", *data, *OFTEN]
-    return lambda root, *overrides: ["experiment=tiny", *common, f"run_root={root}", *overrides]
+    return lambda root, *overrides: [*two_stage_overrides, f"run_root={root}", *overrides]
 
 
 SCRIPT = """

@@ -1,4 +1,4 @@
-"""A run that was interrupted, killed, moved or extended ends as if nothing had happened: bit for bit on a CPU."""
+"""A run that was interrupted, killed, moved or extended ends as if nothing had happened, bit for bit."""
 
 import json
 import os
@@ -120,7 +120,7 @@ def test_a_process_that_dies_in_a_step_loses_the_steps_since_the_checkpoint_alon
         assert_same_run(run / stage, tmp_path / "whole/tiny" / stage)
 
 
-def test_one_process_a_run(recipe, tmp_path):
+def test_one_process_a_run(recipe, tmp_path, refused):
     argv = recipe(1, "taken")
     with RunDirectory(tmp_path, "taken").lock():
         line = refused(argv)
@@ -149,7 +149,7 @@ def test_more_steps_go_on_from_the_end(stage, recipe, assert_same_run, tmp_path)
     assert "6 steps" in RunDirectory(tmp_path, "longer").finished("")
 
 
-def test_more_steps_under_a_decaying_schedule_are_asked_for_by_name(recipe, tmp_path):
+def test_more_steps_under_a_decaying_schedule_are_asked_for_by_name(recipe, tmp_path, refused):
     cosine = ["lr_schedule=cosine", "trainer.max_steps=4"]
     assert train.command(recipe(1, "short", *cosine)) == 0
     line = refused(recipe(1, "short", *cosine, "trainer.max_steps=6"))

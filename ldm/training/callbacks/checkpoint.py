@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 class Checkpoints(StepCallback):
     """A checkpoint every `every` optimizer steps and at the end, the newest `keep_last` kept.
 
-    `folder`: where they go. `config`: resolved config as YAML text, stored in each. `networks`: frozen networks
+    `folder`: where they go. `config`: resolved config as YAML, stored in each. `networks`: frozen networks
     trained here, name -> {"sha256", "path"}. `resume`: checkpoint directory to start from. `init`: checkpoint
     whose weights (EMA where there is one) a new run starts from.
     """

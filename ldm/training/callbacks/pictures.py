@@ -20,7 +20,7 @@ from ldm.types import Batch, Sampler
 
 
 class TextPictures(StepCallback):
-    """Samples `prompts` into folder/step-000001200.png on rank 0; the others wait at their next all-reduce."""
+    """Samples `prompts` into folder/step-000001200.png on rank 0; others wait at their next all-reduce."""
 
     def __init__(
         self,
