@@ -13,18 +13,15 @@ from omegaconf import DictConfig
 import ldm
 from ldm.checkpoints import native
 from ldm.checkpoints.networks import network_entry, store_network
-from ldm.checkpoints.run import RunDirectory, Stage, global_rank
+from ldm.checkpoints.run import RunDirectory, Stage
 from ldm.config import build, compose, plain, split_arguments, to_yaml
-from ldm.errors import reported
+from ldm.errors import global_rank, reported
 from ldm.training.assembly import build_callbacks, build_module, build_trainer, load_frozen
 from ldm.training.log import log_to_file, log_to_terminal
 
 
 def train_stage(cfg: DictConfig, run: RunDirectory, stage: Stage) -> int:
-    """Train one stage to its end, or take it up at its newest checkpoint; returns the exit code.
-
-    Wrong input is found before anything is written.
-    """
+    """Train one stage to its end, from its newest checkpoint; finds wrong input before it writes anything."""
     newest = native.newest(stage.checkpoints)
     done = native.load_document(newest, "state.json")["step"] if newest else 0
     if run.finished(stage.name) is not None and done >= cfg.trainer.max_steps:
@@ -55,7 +52,7 @@ def train_stage(cfg: DictConfig, run: RunDirectory, stage: Stage) -> int:
         checkpoints.networks["autoencoder"] = network_entry(run.path, sha256, stage.checkpoints / "step")
     trainer.fit(module, datamodule=datamodule)
     if checkpoints.interrupted is not None:
-        return 128 + checkpoints.interrupted if run.rank == 0 else 0  # one rank speaks for all
+        return 128 + checkpoints.interrupted
     if trainer.is_global_zero:
         result = metrics.summary()
         if cfg.report:
@@ -92,7 +89,8 @@ def command(argv: list[str]) -> int:
             print(to_yaml(cfg))
         else:
             log_to_terminal(global_rank())
-            return main(cfg, overrides)
+            code = main(cfg, overrides)
+            return code if global_rank() == 0 else 0  # one rank speaks for all
     return 0
 
 

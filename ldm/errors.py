@@ -15,13 +15,26 @@ class InputError(ValueError):
         super().__init__(f"{where}: {what}" + (f"; {fix}" if fix else ""))
 
 
+def global_rank() -> int:
+    """This process's rank by the environment, as before any process group exists; 0 for exactly one process.
+
+    LOCAL_RANK goes before SLURM_PROCID: a process that Lightning starts inside `salloc` inherits the latter.
+    """
+    found = os.environ
+    if "RANK" in found:
+        return int(found["RANK"])
+    if "LOCAL_RANK" in found:
+        node = int(found.get("NODE_RANK", found.get("GROUP_RANK", "0")))
+        return int(found["LOCAL_RANK"]) + node * int(found.get("LOCAL_WORLD_SIZE", "1024"))
+    return int(found.get("SLURM_PROCID", "0"))
+
+
 @contextmanager
 def reported() -> Iterator[None]:
     """Turn an `InputError` into its line on stderr (of rank 0) and exit code 2."""
     try:
         yield
     except InputError as error:
-        ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-        if next((rank for rank in ranks if rank is not None), "0") == "0":
+        if global_rank() == 0:
             print("ldm: error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -22,17 +22,12 @@ from typing import IO, Any
 
 from ldm.checkpoints.files import clean, write
 from ldm.config import ABSENT, differences, from_yaml, plain, to_yaml
-from ldm.errors import InputError
+from ldm.errors import InputError, global_rank
 
 RECORD, LOCK, CONFIG = "run.json", "run.lock", "config.yaml"
 
 log = logging.getLogger(__name__)
 _held: set[int] = set()  # descriptors of the locks that this process holds
-
-
-def global_rank() -> int:
-    """This process's rank, from the environment, as before any process group exists."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ G global batch, W ranks, k micro-batches a step, p samples of a part, S image si
 from __future__ import annotations
 
 import logging
+import signal
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -241,12 +242,18 @@ class Loader:
                 batch_size=None,
                 num_workers=self.workers,
                 collate_fn=as_is,
+                worker_init_fn=ignore_interrupts,
                 generator=torch.Generator(),  # the default one would be advanced: our numbers are keyed
                 **self.options,
             )
         )
         while group := list(islice(parts, max(1, self.workers))):  # the loader takes its workers in turn
             yield join(group, self.pin)
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Ctrl-C goes to the whole process group: the trainer saves first, and then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class FiniteLoader(Loader):

@@ -118,5 +118,6 @@ def report_diffusion(pipe: Any, run: Path, data: Any) -> str:
     score = evaluate_quickstart(pipe, data.emoji_set)
     sheet = run / "contact_sheet.png"
     score.sheet().save(sheet)
-    following = f'python sample.py checkpoint={run} prompt="{score.captions[0]}"'
+    prompt = next((caption for caption in score.captions if "red apple" in caption), score.captions[0])
+    following = f'python sample.py checkpoint={run} prompt="{prompt}"'
     return f"{score.line()}\n{'pictures':<11}  {sheet}      next: {following}"

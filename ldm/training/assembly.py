@@ -52,7 +52,11 @@ def load_frozen(module: TrainingModule, name: str, source: Path) -> dict[str, Te
     """Load the frozen network `name` from a checkpoint that trained it or names it; returns its tensors."""
     where = f"{name}_from"
     path = native.resolve(source, where=where)
-    networks = native.load_document(path, "state.json").get("networks", {})
+    state = native.load_document(path, "state.json")
+    if name == "autoencoder" and state.get("latents_measured") == 0:
+        what = f"{path} is not the end of its stage: its latent shift and scale are not measured"
+        raise InputError(where, what, "let stage 1 finish")
+    networks = state.get("networks", {})
     if name in networks:
         tensors, _ = load_network(path, networks[name])
     else:
@@ -99,5 +103,9 @@ def build_trainer(cfg: Mapping[str, Any], callbacks: list[pl.Callback], datamodu
         )
     except MisconfigurationException as error:
         raise InputError("trainer", " ".join(str(error).split()), "trainer=cpu runs without a GPU") from None
+    if cfg.get("report") and not hasattr(datamodule, "emoji_set"):
+        raise InputError(
+            "report", "measures the quickstart's pictures, and this is other data", "add report=null"
+        )
     datamodule.check_batch(trainer.num_devices * trainer.num_nodes, trainer.accumulate_grad_batches)
     return trainer

@@ -32,6 +32,7 @@ class AutoencoderModule(TrainingModule):
         super().__init__(optimizer, lr_schedule, ema_decay, seed)
         self.autoencoder, self.loss = autoencoder, loss
         self.latent_samples = latent_samples
+        self.latents_measured = 0  # pictures that the latent shift and scale come from; 0: not yet
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert batch.image is not None
@@ -41,7 +42,7 @@ class AutoencoderModule(TrainingModule):
         reconstruction, moments = self.autoencoder(images, noise.to(images))
         losses, terms = self.loss(reconstruction, images, moments)
         for name, value in terms.items():
-            self.record(f"train/{name}", value)
+            self.record(f"train/{name}", value)  # a mean over the batch, damaged samples included
         return (losses * batch.weight).mean()
 
     def validation_terms(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
@@ -80,4 +81,5 @@ class AutoencoderModule(TrainingModule):
         mean = sums[0] / sums[2]
         std = (sums[1] / sums[2] - mean.square()).clamp_min(1e-12).sqrt()
         self.autoencoder.set_latent_statistics(mean, std)
-        return int(pictures)
+        self.latents_measured = int(pictures)
+        return self.latents_measured

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.random import keyed_normal, keyed_uniform
@@ -63,6 +63,12 @@ class LatentDiffusionModule(TrainingModule):
             self.keep_frozen("conditioner", conditioner)
         self.denoiser = Denoiser(backbone, noise_scheduler, weighting)
         self.time_distribution, self.drop = time_distribution, drop
+        noisiest = noise_scheduler.time_at(torch.tensor([1 - 2.0**-20]))
+        if float(weighting(noise_scheduler, noisiest)) == 0:
+            raise ValueError(
+                f"weighting {type(weighting).__name__} is 0 at the noisiest time, where sampling starts: "
+                "Unweighted or MinSNR trains there"
+            )
 
     @property
     def tokenizer(self) -> Callable[[Sequence[str]], Tensor] | None:
@@ -106,7 +112,8 @@ class LatentDiffusionModule(TrainingModule):
         losses = losses.detach() * weight
         self.record("train/loss", losses.sum(), weight.sum())
         level = (position * NOISE_LEVELS).long().clamp(0, NOISE_LEVELS - 1)
-        rows = nn.functional.one_hot(level, NOISE_LEVELS).to(losses) * weight.to(losses)[:, None]
+        one_hot = level[:, None] == torch.arange(NOISE_LEVELS, device=level.device)  # torch's own may wait
+        rows = one_hot.to(losses) * weight.to(losses)[:, None]
         totals, counts = losses @ rows, rows.sum(0)
         for k in range(NOISE_LEVELS):
             self.record(f"train/loss_t{k}", totals[k], counts[k])

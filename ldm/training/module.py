@@ -12,6 +12,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import InputError
+from ldm.random import keyed_bits
 from ldm.training.ema import EMA
 from ldm.training.optim import parameter_groups
 from ldm.types import Batch
@@ -63,7 +65,7 @@ class TrainingModule(pl.LightningModule):
     def record(self, name: str, total: Tensor, count: Tensor | float = 1.0) -> None:
         """Add to the mean called `name`; read and cleared by the log every so many steps."""
         total = total.detach().float()
-        count = torch.as_tensor(count, dtype=torch.float32, device=total.device)
+        count = count.float() if isinstance(count, Tensor) else torch.full_like(total, count)
         if name in self.recorded:
             old_total, old_count = self.recorded[name]
             total, count = old_total + total, old_count + count
@@ -96,6 +98,32 @@ class TrainingModule(pl.LightningModule):
         """
         vars(self.trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None
         vars(self.trainer.precision_plugin)["convert_input"] = lambda batch: batch
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """What layers draw themselves (dropout) depends on (seed, step, micro-batch, rank), so it resumes."""
+        trainer = self.trainer
+        micro = trainer.accumulate_grad_batches
+        place = trainer.global_step * micro + batch_idx % micro
+        key = torch.tensor([place * trainer.world_size + trainer.global_rank])
+        torch.manual_seed(int(keyed_bits(self.seed, key, "layers", 1)))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of the whole gradient; Lightning refuses it to fused optimizers in mixed precision.
+
+        In fp16 a fused optimizer unscales the gradient itself, after clipping: that pair is refused.
+        """
+        if gradient_clip_val:
+            scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+            if scaled and any(group.get("fused") for group in optimizer.param_groups):
+                raise InputError(
+                    "optimizer.fused", "true cannot clip fp16 gradients", "set it false, or use bf16-mixed"
+                )
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None

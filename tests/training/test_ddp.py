@@ -1,6 +1,6 @@
-"""Two processes over gloo against one with the double batch, float64: draws, weights, numbers, files, signals.
+"""Two processes over gloo against one with the double batch, float64: draws, weights, numbers, files.
 
-A run of two stages, told to stop in the middle of the second by a signal to rank 1 alone, then taken up again.
+A run of two stages, stopped in the middle of the second by a signal to rank 1 alone, then taken up again.
 """
 
 import json
@@ -48,7 +48,8 @@ folder, drawn = Path({folder!r}), []
 def noting(draw):
     def wrapper(seed, n, purpose, *shape):
         values = draw(seed, n, purpose, *shape)
-        drawn.append([purpose, n.tolist(), values.flatten(1)[:, 0].tolist() if values.ndim > 1 else values.tolist()])
+        first = values.flatten(1)[:, 0] if values.ndim > 1 else values
+        drawn.append([purpose, n.tolist(), first.tolist()])
         return values
 
     return wrapper
@@ -68,7 +69,8 @@ module.LatentDiffusionModule.training_step = training_step
 if __name__ == "__main__":
     code = train.command(sys.argv[1:])
     rank = os.environ.get("LOCAL_RANK", "0")
-    (folder / f"{name}-{{rank}}.json").write_text(json.dumps({{"drawn": drawn, "written": written, "code": code}}))
+    found = {{"drawn": drawn, "written": written, "code": code}}
+    (folder / f"{name}-{{rank}}.json").write_text(json.dumps(found))
     sys.exit(code)
 """
 

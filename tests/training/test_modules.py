@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from ldm.autoencoder.losses import ReconstructionLoss
+from ldm.checkpoints import native
 from ldm.diffusion.denoiser import LogitNormal, MinSNR, Simple, Uniform
 from ldm.diffusion.noise_scheduler import VariancePreserving
 from ldm.training.autoencoder_module import AutoencoderModule
@@ -164,3 +166,20 @@ def test_measured_latents_have_unit_variance(networks):
     assert latents.mean((0, 2, 3)).abs().max() < 0.1
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), rtol=0.1, atol=0)
     assert module.autoencoder.latent_scale.unique().numel() == 4, "one scale a channel"
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true", "64-true"])
+def test_a_fused_optimizer_is_clipped_in_every_precision(precision, data, small_diffusion, tmp_path):
+    common = [*small_diffusion, *data, "trainer=cpu", f"run_root={tmp_path}", "run_name=x"]
+    common += ["lr_schedule.warmup=0", "optimizer.fused=true", "trainer.max_steps=2"]
+    assert train.command([*common, f"trainer.precision={precision}"]) == 0
+    newest = native.resolve(tmp_path / "x")
+    assert native.load_document(newest, "state.json")["step"] == 2
+
+
+def test_a_weighting_that_is_zero_where_sampling_starts_is_refused(networks):
+    scheduler = VariancePreserving(prediction_type="v_prediction", zero_terminal_snr=True)
+    rest = {"weighting": Simple(), "time_distribution": Uniform(), "lr_schedule": Constant()}
+    parts = networks()
+    with pytest.raises(ValueError, match="weighting Simple is 0 at the noisiest time"):
+        LatentDiffusionModule(*parts, scheduler, optimizer=adamw, **rest)

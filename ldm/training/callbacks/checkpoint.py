@@ -51,6 +51,10 @@ class Checkpoints(StepCallback):
         self.interrupted: int | None = None  # number of the signal that ended the run
         self._saved_step = -1
         self._seconds, self._started = 0.0, time.perf_counter()
+        self._origin = (
+            0,
+            0,
+        )  # (step, samples) from which this process counts: the batch size may have changed
 
     @property
     def seconds(self) -> float:
@@ -113,16 +117,22 @@ class Checkpoints(StepCallback):
         datamodule: Any = getattr(trainer, "datamodule", None)
         tensors, settings = flatten_optimizer(trainer.optimizers[0], names_of(module))
         batch = datamodule.global_batch_size if datamodule is not None else 0
-        state: dict[str, Any] = {"step": step, "images": step * batch}
+        images = self._origin[1] + (step - self._origin[0]) * batch
+        state: dict[str, Any] = {"step": step, "images": images}
         state |= {"seconds": self.seconds, "networks": self.networks, "optimizer": settings}
         state["recorded"] = recorded
+        if hasattr(module, "latents_measured"):
+            state["latents_measured"] = module.latents_measured
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            state["scaler"] = scaler.state_dict()
         native.save(
             self.folder,
             step,
             {"model": module.state_dict(), "ema": module.ema.state_dict(), "optimizer": tensors},
             {
                 "state.json": state,
-                "data.json": datamodule.state(step * batch) if datamodule is not None else {},
+                "data.json": datamodule.state(images) if datamodule is not None else {},
                 "config.yaml": self.config,
             },
         )
@@ -134,6 +144,12 @@ class Checkpoints(StepCallback):
         load_strict(module, native.load_tensors(path, "model"), str(path))
         assert module.ema is not None
         module.ema.load_state_dict(native.load_tensors(path, "ema"))
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and "scaler" in state:
+            scaler.load_state_dict(state["scaler"])
+        if hasattr(module, "latents_measured"):
+            module.latents_measured = state.get("latents_measured", 0)
+        self._origin = (state["step"], state["images"])
         restore_optimizer(
             trainer.optimizers[0],
             names_of(module),

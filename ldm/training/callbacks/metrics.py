@@ -1,4 +1,4 @@
-"""The log of a run: one row of metrics.csv every so many optimizer steps, and the trainer's loggers.
+"""The log of a run: one row of metrics.csv every so many optimizer steps.
 
 The numbers are summed on the device and read here, once per row: no other step waits for the device.
 """
@@ -61,10 +61,8 @@ class MetricsLog(StepCallback):
         return next((text.format(latest[name]) for name, text in shown.items() if name in latest), "")
 
     def write(self, trainer: pl.Trainer, step: int, values: dict[str, float]) -> None:
-        """Append `values` to the file, and give them to the trainer's loggers. Rank 0 only."""
+        """Append `values` to the file, on rank 0."""
         self.latest |= values
         if trainer.is_global_zero:
             with self.path.open("a", newline="") as file:
                 csv.writer(file).writerows([step, name, f"{value:.7g}"] for name, value in values.items())
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=step)

@@ -32,11 +32,12 @@ class TextPictures(StepCallback):
         num_steps: int = 30,
         spacing: str = "trailing",
         guidance_scale: float = 3.0,
+        guidance_rescale: float = 0.0,
     ) -> None:
         super().__init__(every)
         self.folder, self.prompts, self.image_size = folder, list(prompts), image_size
         self.sampler, self.num_steps, self.spacing = sampler, num_steps, spacing
-        self.guidance_scale = guidance_scale
+        self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
 
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
         if step % self.every == 0 and trainer.is_global_zero and self.prompts:
@@ -62,7 +63,11 @@ class TextPictures(StepCallback):
         with module.ema.swapped(), trainer.precision_plugin.forward_context():
             batch = Batch(n=n, weight=torch.ones(len(n), device=module.device), caption=self.prompts)
             denoise = guided(
-                module.denoiser, conditioner(batch), conditioner.null(len(n)), self.guidance_scale
+                module.denoiser,
+                conditioner(batch),
+                conditioner.null(len(n)),
+                self.guidance_scale,
+                self.guidance_rescale,
             )
             x = keyed_normal(0, n, "noise", shape).to(module.dtype) * grid[0].sigma
             images = autoencoder.decode(self.sampler(denoise, x, grid, noise=noise))

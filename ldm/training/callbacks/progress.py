@@ -75,6 +75,11 @@ class ProgressBar(StepCallback):
             words + [text.format(latest[name]) for name, text in shown.items() if name in latest]
         )
 
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self.teardown(trainer, pl_module, "fit")  # Lightning skips it, and what went wrong needs the terminal
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._bar is not None:
             self._bar.stop()
