@@ -222,7 +222,10 @@ class Watch(TorchDispatchMode):
 def test_only_steps_that_log_wait_for_the_device(stage, recipe, monkeypatch):
     watch = Watch()
 
+    seeds = TrainingModule.on_train_batch_start  # a generator on the host
+
     def start(self, batch, batch_idx):
+        seeds(self, batch, batch_idx)
         watch.step = self.trainer.global_step + 1
 
     def end(self, outputs, batch, batch_idx):
@@ -232,8 +235,9 @@ def test_only_steps_that_log_wait_for_the_device(stage, recipe, monkeypatch):
     monkeypatch.setattr(TrainingModule, "on_train_batch_end", end)
     often = ["trainer.max_steps=11", "callbacks.metrics.every=4", "trainer.accumulate_grad_batches=2"]
     rare = [f"callbacks.{name}.every=100" for name in ("checkpoint", "validation", "pictures")]
+    argv = recipe(stage, "run", *often, *rare)
     with watch:
-        assert train.command(recipe(stage, "run", *often, *rare)) == 0
+        assert train.command(argv) == 0
     assert set(watch.fetched) <= {4, 8, 11}, "11 is the last: latents are measured and a checkpoint is saved"
     with watch:
         watch.step = 0

@@ -186,6 +186,7 @@ def test_debug_profile_writes_a_table_and_a_trace(recipe, tmp_path):
     assert list(run.glob("*profile*.json"))
 
 
+@pytest.mark.slow
 def test_debug_ddp_cpu_runs_the_recipe_on_two_processes(laion_subset, process, tmp_path):
     one = process([*laion_subset, "debug=ddp_cpu", "sampling.num_steps=2", "data.validation_filters=[]"])
     output, _ = one.communicate(timeout=300)
