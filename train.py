@@ -16,7 +16,7 @@ from ldm.checkpoints.networks import network_entry, store_network
 from ldm.checkpoints.run import RunDirectory, Stage
 from ldm.config import build, compose, plain, split_arguments, to_yaml
 from ldm.errors import global_rank, reported
-from ldm.training.assembly import build_callbacks, build_module, build_trainer, load_frozen
+from ldm.training import assembly
 from ldm.training.log import log_to_file, log_to_terminal
 
 
@@ -32,14 +32,15 @@ def train_stage(cfg: DictConfig, run: RunDirectory, stage: Stage) -> int:
     init = None
     if newest is None and cfg.init_from:
         init = native.resolve(Path(cfg.init_from), stage.name or None, "init_from")
-    datamodule, module = build(cfg.data), build_module(cfg)
+    datamodule, module = build(cfg.data), assembly.build_module(cfg)
     datamodule.tokenize = module.tokenizer
-    frozen = load_frozen(module, "autoencoder", Path(cfg.autoencoder_from)) if cfg.autoencoder_from else None
+    native.require_space(run.path, assembly.checkpoint_bytes(module))
+    frozen = assembly.load_frozen(module, "autoencoder", cfg.autoencoder_from)
     checkpoints = build(
         cfg.callbacks.checkpoint, folder=stage.checkpoints, config=to_yaml(cfg), resume=newest, init=init
     )
-    callbacks, metrics = build_callbacks(cfg, stage, checkpoints)
-    trainer = build_trainer(cfg, callbacks, datamodule)
+    callbacks, metrics = assembly.build_callbacks(cfg, stage, checkpoints)
+    trainer = assembly.build_trainer(cfg, callbacks, datamodule)
     if run.rank == 0:
         datamodule.setup()
 

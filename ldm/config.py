@@ -36,44 +36,10 @@ RENAMED = {  # what other trainers call our keys
     "resume_from_checkpoint": "resume",
 }
 
-MAY_CHANGE_ON_RESUME = (  # dotted prefixes: what decides where and how fast, never what is learned
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.strategy",
-    "trainer.accelerator",
-    "trainer.accumulate_grad_batches",  # the plan fixes the global batch, whoever computes it
-    "trainer.max_steps",
-    "trainer.max_time",
-    "trainer.log_every_n_steps",
-    "trainer.profiler",
-    "autoencoder_from",  # another place for the same network: its sha256 is compared
-    "data.shards",  # likewise: the digest of the samples is compared
-    "data.validation_shards",
-    "data.folder",
-    "data.index_dir",
-    "data.num_workers",
-    "data.batch_size",
-    "data.prefetch_factor",
-    "data.cache_dir",
-    "data.allow_pipe",
-    "data.rebase",
-    "logger",
-    "callbacks",
-    "sampler",
-    "sampling",
-    "report",
-    "stages",
-    "run_dir",
-    "run_name",
-    "run_root",
-    "resume",
-    "init_from",
-)
-
 SECRET = re.compile(r"(^|_)(api_?key|access_?key|secret|secret_key|password|passwd|credentials?|token)$")
 NOT_SECRET = re.compile(r"(placeholder|initializer|pad|eos|bos|unk|mask|null|start|end)_token$")
 
-ABSENT = "(absent)"  # value of a key that one of two configs does not have
+ABSENT = "(absent)"  # what a node has under a key that it does not have
 
 
 # ---- compose -------------------------------------------------------------------------------------------
@@ -347,25 +313,6 @@ def from_yaml(text: str, where: str = "config.yaml") -> DictConfig:
         elif isinstance(value, str) and "${" in value:
             raise InputError(f"{where}: {key}", "a stored config holds no ${...}", "write the value itself")
     return config
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, old value, new value) of all that differs and may not change between a run and its resumption."""
-    a, b = (dict(_flat(values)) for values in (old, new))
-    found = []
-    for key in [*a, *(key for key in b if key not in a)]:
-        left, right = a.get(key, ABSENT), b.get(key, ABSENT)
-        if left != right and not any(f"{key}.".startswith(f"{p}.") for p in MAY_CHANGE_ON_RESUME):
-            found.append((key, left, right))
-    return found
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:

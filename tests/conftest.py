@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# Results are bit for bit the same for one number of threads; two processes of one thread each use two cores best.
+# Bits agree for one number of threads; and two processes of one thread each use two cores best.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parent.parent

@@ -20,8 +20,9 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from ldm.checkpoints.differences import ABSENT, differences
 from ldm.checkpoints.files import clean, write
-from ldm.config import ABSENT, differences, from_yaml, plain, to_yaml
+from ldm.config import from_yaml, plain, to_yaml
 from ldm.errors import InputError, global_rank
 
 RECORD, LOCK, CONFIG = "run.json", "run.lock", "config.yaml"
@@ -130,7 +131,7 @@ class RunDirectory:
     # ---- config ----------------------------------------------------------------------------------------
 
     def check_config(self, config: Mapping[str, Any], stage: str = "") -> None:
-        """Refuse a config that would make the run (or a stage) another one: `ldm.config.differences`."""
+        """Refuse a config that would make the run (or a stage) another one: `ldm.checkpoints.differences`."""
         folder = self.stage(stage).folder
         file = folder / CONFIG
         if file.is_file():

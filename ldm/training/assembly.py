@@ -48,10 +48,20 @@ def build_module(cfg: Mapping[str, Any]) -> TrainingModule:
     return module.to(memory_format=torch.channels_last)
 
 
-def load_frozen(module: TrainingModule, name: str, source: Path) -> dict[str, Tensor]:
-    """Load the frozen network `name` from a checkpoint that trained it or names it; returns its tensors."""
+def checkpoint_bytes(module: TrainingModule) -> int:
+    """About what a checkpoint takes on disk: the weights, their average, and two moments, each float32."""
+    return 4 * 4 * sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def load_frozen(module: TrainingModule, name: str, source: str | None) -> dict[str, Tensor]:
+    """Load the frozen network `name` from a checkpoint that trained it or names it; returns its tensors.
+
+    Without a `source` nothing is loaded or returned.
+    """
+    if not source:
+        return {}
     where = f"{name}_from"
-    path = native.resolve(source, where=where)
+    path = native.resolve(Path(source), where=where)
     state = native.load_document(path, "state.json")
     if name == "autoencoder" and state.get("latents_measured") == 0:
         what = f"{path} is not the end of its stage: its latent shift and scale are not measured"

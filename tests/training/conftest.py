@@ -1,10 +1,12 @@
 """Tiny modules and tiny LAION-shaped shards, and the overrides that make any recipe small enough for them."""
 
+import contextlib
 import csv
 import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -261,13 +263,13 @@ def process(two_stage_configs, tmp_path):
         env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(env or {})}
         command = [sys.executable, str(script), *argv]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(command, env=env, **pipes))
+        started.append(subprocess.Popen(command, env=env, start_new_session=True, **pipes))
         return started[-1]
 
     yield start
     for one in started:
-        if one.poll() is None:
-            one.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(one.pid, signal.SIGKILL)  # its loader workers too
         one.wait()
         one.stdout.close()
 

@@ -120,6 +120,42 @@ def test_a_process_that_dies_in_a_step_loses_the_steps_since_the_checkpoint_alon
         assert_same_run(run / stage, tmp_path / "whole/tiny" / stage)
 
 
+def test_ctrl_c_in_a_terminal_reaches_the_loader_workers_too(
+    recipe, process, rows, assert_same_run, tmp_path
+):
+    """A terminal signals the whole process group: the workers must go on until the trainer has saved."""
+    whole = recipe(2, "whole", "data.num_workers=2")
+    assert train.command(whole) == 0
+    argv = recipe(2, "parts", "data.num_workers=2")
+    one = process(argv, step_time=0.3)
+    wait_for_step_2(one, tmp_path / "parts", rows)
+    os.killpg(one.pid, signal.SIGINT)
+    output, _ = one.communicate(timeout=120)
+    assert one.returncode == 130, output
+    assert "Traceback" not in output
+    assert 2 <= state(tmp_path / "parts")["step"] < 7
+    assert train.command(argv) == 0
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def wait_for_step_2(one, run, rows):
+    while not ((run / "metrics.csv").exists() and ("2", "train/loss") in [row[:2] for row in rows(run)]):
+        assert one.poll() is None, one.communicate()[0]
+        time.sleep(0.02)
+
+
+def test_the_second_ctrl_c_does_not_wait_for_the_step(recipe, process, rows, tmp_path):
+    one = process(recipe(1, "stuck"), step_time=3.0)
+    wait_for_step_2(one, tmp_path / "stuck", rows)
+    for _ in range(2):
+        os.kill(one.pid, signal.SIGINT)
+        time.sleep(0.3)
+    output, _ = one.communicate(timeout=120)
+    assert one.returncode == 130, output
+    assert "Traceback" not in output
+    assert native.newest(tmp_path / "stuck/checkpoints") is None, "step 3 would have been saved"
+
+
 def test_one_process_a_run(recipe, tmp_path, refused):
     argv = recipe(1, "taken")
     with RunDirectory(tmp_path, "taken").lock():

@@ -80,7 +80,7 @@ class Checkpoints(StepCallback):
 
     def _flag(self, number: int, frame: Any) -> None:
         if self.interrupted is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
+            raise SystemExit(128 + number)  # the second Ctrl-C does not wait for the step
         self.interrupted = number
 
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:

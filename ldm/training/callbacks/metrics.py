@@ -6,6 +6,7 @@ The numbers are summed on the device and read here, once per row: no other step 
 from __future__ import annotations
 
 import csv
+import os
 import time
 from pathlib import Path
 
@@ -31,8 +32,10 @@ class MetricsLog(StepCallback):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             rows = self._read()
             kept = [row for row in rows if int(row[0]) <= trainer.global_step]  # a killed run logged ahead
-            with self.path.open("w", newline="") as file:
+            new = self.path.with_name(f"{self.path.name}.new")
+            with new.open("w", newline="") as file:
                 csv.writer(file).writerows([["step", "name", "value"], *kept])
+            os.replace(new, self.path)
 
     def _read(self) -> list[list[str]]:
         if not self.path.exists():

@@ -30,8 +30,6 @@ class Validation(StepCallback):
 def validate(trainer: pl.Trainer, module: TrainingModule) -> dict[str, float]:
     """Means over the validation data of all ranks, by name; {} without validation data."""
     loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-    if loader is None:
-        return {}
     assert module.ema is not None
     training = module.training
     module.eval()
