@@ -137,6 +137,13 @@ class TrainingModule(pl.LightningModule):
         assert self.ema is not None
         self.ema.update(step)
 
+    def extra_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """What a subclass keeps beside weights, EMA and optimizer, for the checkpoint: (tensors by file, JSON)."""
+        return {}, {}
+
+    def load_extra_state(self, load: Callable[[str], dict[str, Tensor]], document: dict[str, Any]) -> None:
+        """Put back what `extra_state` gave; `load(file)` reads the tensors of one of its files."""
+
     def validation_terms(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Sums and counts, by name, that a pass over the validation data adds up."""
         raise TypeError(f"{type(self).__name__} defines no validation")

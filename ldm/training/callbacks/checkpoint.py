@@ -10,6 +10,7 @@ import logging
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -126,10 +127,12 @@ class Checkpoints(StepCallback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             state["scaler"] = scaler.state_dict()
+        extra_tensors, state["extra"] = module.extra_state()
+        own = {"model": module.state_dict(), "ema": module.ema.state_dict(), "optimizer": tensors}
         native.save(
             self.folder,
             step,
-            {"model": module.state_dict(), "ema": module.ema.state_dict(), "optimizer": tensors},
+            own | extra_tensors,
             {
                 "state.json": state,
                 "data.json": datamodule.state(images) if datamodule is not None else {},
@@ -156,6 +159,7 @@ class Checkpoints(StepCallback):
             native.load_tensors(path, "optimizer"),
             state["optimizer"],
         )
+        module.load_extra_state(partial(native.load_tensors, path), state.get("extra", {}))
         for name, entry in state["networks"].items():
             mine = self.networks.get(name, {}).get("sha256")
             if mine is not None and mine != entry["sha256"]:
