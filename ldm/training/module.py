@@ -138,7 +138,7 @@ class TrainingModule(pl.LightningModule):
         self.ema.update(step)
 
     def extra_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """What a subclass keeps beside weights, EMA and optimizer, for the checkpoint: (tensors by file, JSON)."""
+        """For the checkpoint, beside weights, EMA and optimizer: (tensors by file, a JSON document)."""
         return {}, {}
 
     def load_extra_state(self, load: Callable[[str], dict[str, Tensor]], document: dict[str, Any]) -> None:
