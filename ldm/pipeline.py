@@ -312,7 +312,7 @@ def load(
     """The pipeline of a run, a stage or a checkpoint directory, rebuilt from the config that is stored in it.
 
     weights: ema, or raw for those the optimizer last left. Nothing in a stranger's checkpoint can run code:
-    tensors are safetensors and the config builds only what `ldm.config` allows.
+    tensors are safetensors and the config builds only what `ldm.build` allows.
     """
     if weights not in ("ema", "raw"):
         raise InputError(f"weights={weights}", "no such option", "have: ema, raw")

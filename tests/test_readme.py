@@ -213,7 +213,7 @@ def test_reading_states_the_size_of_files():
     rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", READING, re.M)
     assert len(rows) >= 10
     sizes = {file: len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file, _ in rows}
-    assert [(f, n, sizes[f]) for f, n in rows if abs(int(n) - sizes[f]) > max(20, sizes[f] // 4)] == []
+    assert [(f, n, sizes[f]) for f, n in rows if abs(int(n) - sizes[f]) > max(10, sizes[f] // 10)] == []
 
 
 def test_ten_questions_with_ten_answers():

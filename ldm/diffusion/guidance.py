@@ -16,7 +16,7 @@ def guided(
     scale: float,
     rescale: float = 0.0,
 ) -> Denoise:
-    """The clean estimate pushed from `null` (or a negative prompt) through `conditioning` by `scale`.
+    """The clean estimate of an output pushed from `null` (or a negative prompt) through `conditioning`.
 
     One forward of twice the batch, [conditioning, null]; at scale 1 one of the batch itself, and `null` may
     be None. `rescale` in [0, 1] gives the network's guided output back the standard deviation, over c, h and

@@ -1,7 +1,8 @@
 """Stage 2: train the denoiser, and with it a trainable text tower, on latents of a frozen autoencoder.
 
 Reads as the step goes: encode, condition, drop, noise, loss. Every random number is a function of
-(seed, n, purpose), so it is the same whatever rank, batch or restart it is drawn in.
+(seed, n, purpose), so it is the same whatever rank, batch or restart it is drawn in (but for dropout inside
+layers: `TrainingModule.on_train_batch_start`).
 """
 
 from __future__ import annotations

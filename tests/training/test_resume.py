@@ -210,6 +210,16 @@ def test_a_finished_stage_whose_last_words_were_lost_says_them_again(recipe, tmp
     assert (newest.stat().st_mtime_ns, (tmp_path / "done/metrics.csv").read_bytes()) == before
 
 
+def test_a_longer_stage_1_is_not_measured_before_its_new_end(recipe, tmp_path):
+    """Stage 2 refuses an autoencoder whose latent shift and scale belong to older weights."""
+    assert train.command(recipe(1, "longer", "callbacks.checkpoint.keep_last=3")) == 0
+    more = ["callbacks.checkpoint.keep_last=3", "trainer.max_steps=10"]
+    assert train.command(recipe(1, "longer", *more)) == 0
+    steps = sorted((tmp_path / "longer/checkpoints").glob("step-*"))
+    measured = {int(path.name[-2:]): state(path)["latents_measured"] for path in steps}
+    assert measured == {7: 12, 9: 0, 10: 12}
+
+
 def test_resume_takes_the_full_state_of_another_run(recipe, rows, assert_same_run, tmp_path):
     assert train.command(recipe(2, "whole")) == 0
     assert train.command(recipe(2, "start", "trainer.max_steps=5")) == 0

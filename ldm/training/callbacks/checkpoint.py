@@ -151,7 +151,8 @@ class Checkpoints(StepCallback):
         if scaler is not None and "scaler" in state:
             scaler.load_state_dict(state["scaler"])
         if hasattr(module, "latents_measured"):
-            module.latents_measured = state.get("latents_measured", 0)
+            ends = state["step"] >= trainer.max_steps  # else the weights move on from what was measured
+            module.latents_measured = state.get("latents_measured", 0) if ends else 0
         self._origin = (state["step"], state["images"])
         restore_optimizer(
             trainer.optimizers[0],
