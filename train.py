@@ -18,8 +18,10 @@ from ldm.config import build, compose, plain, split_arguments, to_yaml
 from ldm.errors import global_rank, reported
 from ldm.training import assembly
 from ldm.training.log import log_to_file, log_to_terminal
+from ldm.training.summary import comments, log_summary
 
 
+@assembly.flags_restored()
 def train_stage(cfg: DictConfig, run: RunDirectory, stage: Stage) -> int:
     """Train one stage to its end, from its newest checkpoint; finds wrong input before it writes anything."""
     newest = native.newest(stage.checkpoints)
@@ -29,9 +31,8 @@ def train_stage(cfg: DictConfig, run: RunDirectory, stage: Stage) -> int:
     run.check_config(plain(cfg), stage.name)
     if newest is None and cfg.resume:
         newest = native.resolve(Path(cfg.resume), stage.name or None, "resume")
-    init = None
-    if newest is None and cfg.init_from:
-        init = native.resolve(Path(cfg.init_from), stage.name or None, "init_from")
+    fresh = newest is None and cfg.init_from
+    init = native.resolve(Path(cfg.init_from), stage.name or None, "init_from") if fresh else None
     datamodule, module = build(cfg.data), assembly.build_module(cfg)
     datamodule.tokenize = module.tokenizer
     native.require_space(run.path, assembly.checkpoint_bytes(module))
@@ -39,7 +40,7 @@ def train_stage(cfg: DictConfig, run: RunDirectory, stage: Stage) -> int:
     checkpoints = build(
         cfg.callbacks.checkpoint, folder=stage.checkpoints, config=to_yaml(cfg), resume=newest, init=init
     )
-    callbacks, metrics = assembly.build_callbacks(cfg, stage, checkpoints)
+    callbacks, metrics = assembly.build_callbacks(cfg, run, stage, checkpoints)
     trainer = assembly.build_trainer(cfg, callbacks, datamodule)
     if run.rank == 0:
         datamodule.setup()
@@ -48,6 +49,7 @@ def train_stage(cfg: DictConfig, run: RunDirectory, stage: Stage) -> int:
     run.settle_config(plain(cfg), stage.name)
     if run.rank == 0:
         log_to_file(run.path / "log.txt")
+        log_summary(plain(cfg))
     if frozen and run.rank == 0:
         sha256 = store_network(run.path, frozen, to_yaml(cfg.autoencoder))
         checkpoints.networks["autoencoder"] = network_entry(run.path, sha256, stage.checkpoints / "step")
@@ -66,8 +68,7 @@ def train_stage(cfg: DictConfig, run: RunDirectory, stage: Stage) -> int:
 
 def main(cfg: DictConfig, overrides: list[str]) -> int:
     """Run the config, or one after another the experiments that its `stages` names; returns the exit code."""
-    common = [text for text in overrides if not text.startswith("experiment=")] + [f"run_name={cfg.run_name}"]
-    stages = [compose("train", [f"experiment={name}", *common]) for name in cfg.stages or []] or [cfg]
+    stages = assembly.build_stages(cfg, overrides)
     run = RunDirectory(cfg.run_root, cfg.run_name)
     with run.lock():
         for stage in stages:
@@ -87,7 +88,7 @@ def command(argv: list[str]) -> int:
             return 0
         cfg = compose("train", overrides)
         if "cfg" in flags:
-            print(to_yaml(cfg))
+            print(to_yaml(cfg), *comments(assembly.build_stages(cfg, overrides)), sep="\n")
         else:
             log_to_terminal(global_rank())
             code = main(cfg, overrides)

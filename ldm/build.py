@@ -25,12 +25,18 @@ ROOTS = (  # (what a `_target_` may start with, where the object it names must b
     ("lightning.pytorch.strategies.", "lightning.pytorch.strategies."),
 )
 NEVER = tuple(  # our own code that writes, deletes or starts things
-    f"ldm.{part}." for part in ("build", "checkpoints", "cli", "cluster", "config", "errors", "pipeline")
+    f"ldm.{part}."
+    for part in ("build", "checkpoints", "cli", "cluster", "config", "errors", "pipeline", "sampling")
 )
-FUNCTIONS = ("ldm.diffusion.", "ldm.evaluation.", "ldm.training.")  # elsewhere only classes are built
+FUNCTIONS = (  # elsewhere only classes are built
+    "ldm.autoencoder.discriminator.",
+    "ldm.diffusion.",
+    "ldm.evaluation.",
+    "ldm.training.",
+)
 ALLOWED = (
     "ldm.*, torch.optim.*, lightning.pytorch.{Trainer,callbacks.*,loggers.*,profilers.*,strategies.*}; "
-    "functions: ldm.{diffusion,evaluation,training}.*"
+    "functions: ldm.{autoencoder.discriminator,diffusion,evaluation,training}.*"
 )
 
 

@@ -115,11 +115,30 @@ def evaluate(parser: Parser, argv: Sequence[str]) -> int:
     return 0 if report.passed else 1
 
 
+def ema(parser: Parser, argv: Sequence[str]) -> int:
+    """Average the weights over another length, from a run's snapshots, into a checkpoint."""
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="a run with module.ema_lengths=[0.05,0.1]")
+    parser.add_argument("out", metavar="OUT", help="folder for the checkpoint, a new one")
+    parser.add_argument("--length", type=float, required=True, help="as a share of the run: 0.03 to 0.2")
+    parser.add_argument("--step", type=int, help="where it ends: a snapshot's (default: the checkpoint's)")
+    args = parser.parse_args(argv)
+    from ldm.checkpoints.native import resolve
+    from ldm.checkpoints.posthoc import combine, store
+
+    checkpoint = resolve(Path(args.path))
+    average = combine(checkpoint, args.length, args.step, f"--length {args.length:g}")
+    folder = store(checkpoint, Path(args.out), average)
+    print(f"{folder}: weights averaged over length {args.length:g} up to step {average.profile.step:,}")
+    print(f"{len(average.terms)} snapshots meet that profile to {average.error:.2%}")
+    return 0
+
+
 VERBS: dict[str, Callable[[Parser, Sequence[str]], int]] = {
     "data pack": data_pack,
     "data index": data_index,
     "data inspect": data_inspect,
     "evaluate": evaluate,
+    "ema": ema,
 }
 
 
@@ -141,7 +160,8 @@ def _run_of(checkpoint: Path) -> Path:
     from ldm.checkpoints.native import STAGES
 
     home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    return home.parent if home.name in STAGES else home
+    of_stage = (home.parent / "run.json").is_file() and not (home / "run.json").is_file()
+    return home.parent if of_stage or home.name in STAGES else home
 
 
 def _made(reference: str) -> Any:

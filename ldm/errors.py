@@ -9,9 +9,13 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: the place, the value, and what to do about it."""
+    """Something the user gave is wrong: the place, the value, and what to do about it.
 
-    def __init__(self, where: str, what: str, fix: str = "") -> None:
+    every_rank: it is this process's own trouble, which rank 0 need not have.
+    """
+
+    def __init__(self, where: str, what: str, fix: str = "", every_rank: bool = False) -> None:
+        self.every_rank = every_rank
         super().__init__(f"{where}: {what}" + (f"; {fix}" if fix else ""))
 
 
@@ -31,10 +35,10 @@ def global_rank() -> int:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turn an `InputError` into its line on stderr (of rank 0) and exit code 2."""
+    """Turn an `InputError` into its line on stderr (of rank 0, mostly) and exit code 2."""
     try:
         yield
     except InputError as error:
-        if global_rank() == 0:
+        if error.every_rank or global_rank() == 0:
             print("ldm: error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         raise SystemExit(2) from None

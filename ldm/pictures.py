@@ -11,8 +11,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -70,6 +73,15 @@ def open_picture(
     return ImageOps.fit(canvas.convert("RGB"), (width, height), method=Image.Resampling.LANCZOS)
 
 
+def open_mask(source: str | os.PathLike[str] | Image.Image, height: int, width: int) -> Tensor:
+    """bool [1 1 H W], True where the picture is white (or transparent); cut as `open_picture` does."""
+    picture = open_picture(source, height, width, where="mask_image").convert("L")
+    mask = torch.from_numpy(np.array(picture) > 127)[None, None]
+    if not mask.any():
+        raise InputError("mask_image", "nothing in it is white", "white is what is drawn anew")
+    return mask
+
+
 def contact_sheet(
     pictures: Sequence[Image.Image], captions: Sequence[str] | None = None, columns: int | None = None
 ) -> Image.Image:
@@ -94,6 +106,39 @@ def contact_sheet(
         sheet.paste(picture, (x, y))
         for k, line in enumerate(lines):
             draw.text((x, y + height + 2 + k * line_height), line, fill=(20, 20, 20), font=font)
+    return sheet
+
+
+def xy_sheet(
+    pictures: Sequence[Image.Image], columns: Sequence[str], rows: Sequence[str], title: str = ""
+) -> Image.Image:
+    """Pictures row after row, under the labels of their columns and beside those of their rows."""
+    if len(pictures) != len(columns) * len(rows):
+        raise ValueError(f"xy_sheet: {len(pictures)} pictures for {len(columns)} x {len(rows)} cells")
+    pictures = [_enlarged(p.convert("RGB")) for p in pictures]
+    font = ImageFont.load_default(size=FONT_SIZE)
+    gap, line_height = 8, FONT_SIZE + 4
+    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+    left = gap + (CELL if any(rows) else 0)
+    heading = _wrap(title, len(columns) * (width + gap), font)
+    headers, sides = [_wrap(c, width, font) for c in columns], [_wrap(r, CELL - gap, font) for r in rows]
+    top = gap + (len(heading) + max(map(len, headers))) * line_height
+    size = (left + len(columns) * (width + gap), top + len(rows) * (height + gap))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def write(lines: Sequence[str], x: int, y: int) -> None:
+        for k, line in enumerate(lines):
+            draw.text((x, y + k * line_height), line, fill=(20, 20, 20), font=font)
+
+    write(heading, left, gap // 2)
+    for i, lines in enumerate(headers):
+        write(lines, left + i * (width + gap), gap // 2 + len(heading) * line_height)
+    for j, lines in enumerate(sides):
+        write(lines, gap, top + j * (height + gap))
+    for i, picture in enumerate(pictures):
+        row, column = divmod(i, len(columns))
+        sheet.paste(picture, (left + column * (width + gap), top + row * (height + gap)))
     return sheet
 
 
@@ -178,8 +223,24 @@ def save_png(path: str | os.PathLike[str], picture: Image.Image, parameters: str
     info = PngInfo()
     if text:
         info.add_text("parameters", text)  # tEXt, or iTXt where the text is not Latin-1
-    with open(path, "xb") as file:
-        picture.save(file, format="PNG", pnginfo=info)
+    save_new(Path(path), lambda file: picture.save(file, format="PNG", pnginfo=info))
+
+
+def save_new(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """A new file that others see whole or not at all; raises FileExistsError rather than replace one."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(part, "xb") as file:
+            write(file)
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            with open(part, "rb") as source, open(path, "xb") as target:
+                shutil.copyfileobj(source, target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save_next(folder: Path, picture: Image.Image, prefix: str = "", start: int = 0) -> Path:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,47 +22,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import ldm
+from ldm.autoencoder.tiling import tiled_decode, tiled_encode
 from ldm.checkpoints.native import MANIFEST, load_document, load_tensors, resolve
 from ldm.checkpoints.networks import load_network
-from ldm.config import CONFIG_DIR, build, from_yaml, plain
+from ldm.checkpoints.posthoc import combine
+from ldm.config import build, from_yaml, plain
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import guided
-from ldm.diffusion.samplers import prior, truncate
+from ldm.diffusion.inpainting import keep_known
+from ldm.diffusion.samplers import prior
 from ldm.errors import InputError
-from ldm.pictures import open_picture, recipe, to_pil, to_tensor, to_uint8
+from ldm.pictures import to_pil, to_uint8
 from ldm.random import keyed_normal
-from ldm.types import Batch, Conditioning, Grid, Sampler
+from ldm.sampling.recipes import recipe_of
+from ldm.sampling.request import Request, Source, request_of, soft_edge, whole
+from ldm.types import Batch, Conditioning, Denoise, Sampler
 
+WEIGHTS = re.compile(r"raw|ema(:(\d*\.\d+))?")
 NETWORKS = ("autoencoder", "conditioner", "backbone")
-MAX_STEPS = 1000
 BATCH_SIZE = 8
-SAMPLERS = {"euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}
-FIELD_NAMES = {
-    **SAMPLERS,
-    "ddim": "DDIM",
-    "ddpm": "DDPM",
-    "karras": "Karras",
-    "uniform": "Uniform",
-}  # of recipes
-
-
-@dataclass(frozen=True)
-class Request:
-    """One call's settings, checked and with the checkpoint's defaults filled in."""
-
-    negative_prompt: str
-    num_steps: int
-    sampler: Sampler
-    sampler_name: str
-    spacing: str
-    guidance_scale: float
-    guidance_rescale: float
-    height: int
-    width: int
-    grid: Grid  # shortened for image to image
-    start: Tensor | None  # uint8 [1 3 H W], the picture to start from
-    strength: float
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Pipeline:
@@ -69,9 +49,9 @@ class Pipeline:
 
     One of a first stage has the autoencoder alone, and draws nothing.
     sampler   see `__call__`
-    sampling  the defaults num_steps, spacing, guidance_scale, guidance_rescale, height, width
+    sampling  the defaults num_steps, spacing, guidance_scale, height, width, and others of `request`
     dtype     what the networks compute in (autocast); weights, latents and solver stay in float32
-    name, digest   of the checkpoint, for the recipes
+    name, digest, weights   of the checkpoint, for the recipes
     """
 
     def __init__(
@@ -86,9 +66,12 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         name: str = "",
         digest: str = "",
+        weights: str = "ema",
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or torch.float32
+        if conditioner is not None:
+            conditioner.use_autoencoder(autoencoder)
         for network in (autoencoder, conditioner, backbone):
             if network is not None:
                 network.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -96,7 +79,7 @@ class Pipeline:
         self.noise_scheduler = noise_scheduler
         self.denoiser = Denoiser(backbone, noise_scheduler)
         self.sampler, self.sampling = sampler, {"guidance_rescale": 0.0, **(sampling or {})}
-        self.name, self.digest = name, digest
+        self.name, self.digest, self.weights = name, digest, weights
 
     @property
     def multiple(self) -> int:
@@ -109,84 +92,117 @@ class Pipeline:
         self,
         prompts: str | Sequence[str],
         *,
-        negative_prompt: str = "",
         num_images: int = 1,
+        seed: int | Sequence[int] = 0,
+        batch_size: int | None = None,
+        progress: bool | Callable[[], None] = False,
+        **options: Any,
+    ) -> list[Image.Image]:
+        """`num_images` pictures of each prompt, prompt after prompt; picture i has the seed `seed` + i.
+
+        seed        or one for each picture
+        batch_size  pictures at a time: changes memory and speed, and of pictures only the last bits
+        progress    a bar on stderr, or what is to be called after each step
+        options     those of `request`: negative_prompt, num_steps, guidance_scale, height, init_image, ...
+        Raises InputError for what cannot be drawn, before any work.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [text for text in texts for _ in range(whole("num_images", num_images, 1))]
+        if not texts:
+            raise InputError("prompt", "there is none", 'give one: prompt="a red apple"')
+        seeds = [seed + i for i in range(len(texts))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(texts):
+            raise InputError("seed", f"{len(seeds)} for {len(texts)} pictures", "give one, or one for each")
+        request = self.request(**options)
+        size = whole("batch_size", BATCH_SIZE if batch_size is None else batch_size, 1)
+        pictures: list[Image.Image] = []
+        with bar(math.ceil(len(texts) / size) * (len(request.grid) - 1), progress) as advance:
+            for first in range(0, len(texts), size):
+                part, its_seeds = texts[first : first + size], seeds[first : first + size]
+                drawn = to_pil(to_uint8(self._draw(part, its_seeds, request, advance)))
+                for k, picture in enumerate(drawn):
+                    place = (len(part), k)
+                    text = recipe_of(request, part[k], its_seeds[k], place, self._model())
+                    picture.info["parameters"] = text
+                pictures += drawn
+        return pictures
+
+    def request(
+        self,
+        *,
+        negative_prompt: str = "",
         num_steps: int | None = None,
         sampler: str | Mapping[str, Any] | Sampler | None = None,
         spacing: str | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float | None = None,
+        guidance_interval: Sequence[float] | None = None,
         height: int | None = None,
         width: int | None = None,
-        seed: int = 0,
-        init_image: str | os.PathLike[str] | Image.Image | None = None,
+        init_image: Source | None = None,
+        mask_image: Source | None = None,
         strength: float = 0.8,
-        batch_size: int | None = None,
-        progress: bool = False,
-    ) -> list[Image.Image]:
-        """`num_images` pictures of each prompt, prompt after prompt; picture i has the seed `seed` + i.
+        prompt_weights: bool = False,
+        clip_skip: int = 1,
+        tile: int | None = None,
+    ) -> Request:
+        """The settings of a call, checked; what is None comes from the checkpoint. Raises InputError.
 
-        sampler     name of a file in configs/sampler, the section of such a config, or a function
-        init_image  picture to start from, cut to height and width; `strength` in (0, 1] is the share of the
-                    steps that are made, from noise laid over it: 1 keeps next to nothing of it
-        batch_size  pictures at a time: changes memory and speed, not pictures
-        What is None comes from the checkpoint. Raises InputError for what cannot be drawn.
+        sampler            name of a file in configs/sampler, the section of such a config, or a function
+        guidance_interval  (low, high): guidance acts at low < sigma / alpha <= high alone
+        init_image         picture to start from, cut to height and width; `strength` in (0, 1] is the share
+                           of the steps that are made, from noise over it: 1 keeps next to nothing of it
+        mask_image         where init_image is drawn anew: white. Pixels farther than a latent cell from white
+                           stay as they are, bit for bit
+        prompt_weights     read (word:1.3), [word], BREAK, prompts of any length: conditioning/prompts.py
+        clip_skip          which text layer: 1 the one trained with, 2 the one before it, ...
+        tile               pixels: encode and decode in overlapping squares of that side, to save memory
         """
         if self.backbone is None:
             fix = "give a run whose diffusion stage has saved a checkpoint"
-            raise InputError(
-                f"checkpoint={self.name}", "holds an autoencoder alone, which draws nothing", fix
-            )
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        texts = [text for text in texts for _ in range(whole("num_images", num_images, 1))]
-        if not texts:
-            raise InputError("prompt", "there is none", 'give one: prompt="a red apple"')
-        given: dict[str, Any] = {"num_steps": num_steps, "spacing": spacing, "height": height, "width": width}
-        given |= {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale}
-        request = self._request(negative_prompt, sampler, init_image, strength, given)
-        size = whole("batch_size", BATCH_SIZE if batch_size is None else batch_size, 1)
-        pictures: list[Image.Image] = []
-        with bar(math.ceil(len(texts) / size) * (len(request.grid) - 1), progress) as advance:
-            for first in range(0, len(texts), size):
-                part = texts[first : first + size]
-                seeds = [seed + first + k for k in range(len(part))]
-                drawn = to_pil(to_uint8(self._draw(part, seeds, request, advance)))
-                for picture, text, its_seed in zip(drawn, part, seeds, strict=True):
-                    picture.info["parameters"] = self._recipe(text, its_seed, request)
-                pictures += drawn
-        return pictures
+            what = "holds an autoencoder alone, which draws nothing"
+            raise InputError(f"checkpoint={self.name}", what, fix)
+        given = {
+            "num_steps": num_steps,
+            "sampler": sampler,
+            "spacing": spacing,
+            "guidance_scale": guidance_scale,
+            "guidance_rescale": guidance_rescale,
+            "guidance_interval": guidance_interval,
+            "height": height,
+            "width": width,
+        }
+        defaults = {
+            "sampler": self.sampler,
+            "guidance_rescale": 0.0,
+            "guidance_interval": None,
+            **self.sampling,
+        }
+        settings: dict[str, Any] = {
+            name: defaults.get(name) if value is None else value for name, value in given.items()
+        }
+        return request_of(
+            self.noise_scheduler,
+            self.multiple,
+            negative_prompt=negative_prompt,
+            init_image=init_image,
+            mask_image=mask_image,
+            strength=strength,
+            prompt_weights=prompt_weights,
+            clip_skip=clip_skip,
+            tile=tile,
+            **settings,
+        )
 
-    def _request(
-        self, negative_prompt: str, sampler: Any, init_image: Any, strength: float, given: dict[str, Any]
-    ) -> Request:
-        """Check every setting before any work."""
-        given = self.sampling | {name: value for name, value in given.items() if value is not None}
-        steps = whole("num_steps", given["num_steps"], 1, MAX_STEPS)
-        height, width = (self._multiple_of(name, given[name]) for name in ("height", "width"))
-        scale = number("guidance_scale", given["guidance_scale"])
-        rescale = number("guidance_rescale", given["guidance_rescale"], 0, 1)
-        function, name = sampler_of(self.sampler if sampler is None else sampler)
-        spacing, start = given["spacing"], None
-        try:
-            grid = self.noise_scheduler.grid(steps, spacing)
-        except ValueError as error:
-            raise InputError("sampling", str(error)) from None
-        if init_image is not None:
-            if number("strength", strength, 0, 1) == 0:
-                raise InputError(f"strength={strength}", "need more than 0 and at most 1")
-            grid = truncate(grid, strength)
-            start = to_tensor([open_picture(init_image, height, width)])
-        shared = (negative_prompt, steps, function, name, spacing, scale, rescale)
-        return Request(*shared, height, width, grid, start, strength)
-
-    def _multiple_of(self, name: str, value: Any) -> int:
-        multiple = self.multiple
-        size = whole(name, value, 1)
-        if size % multiple:
-            below = size // multiple * multiple
-            near = ", ".join(str(s) for s in (below, below + multiple) if s)
-            raise InputError(f"{name}={size}", f"must be a multiple of {multiple}", f"nearest: {near}")
-        return size
+    def _model(self) -> dict[str, str | None]:
+        """The recipe's fields of the checkpoint; those that say the usual are None."""
+        names = {dtype: name for name, dtype in DTYPES.items() if dtype != torch.float32}
+        return {
+            "name": self.name,
+            "hash": self.digest[:10],
+            "weights": None if self.weights == "ema" else self.weights,
+            "precision": names.get(self.dtype),
+        }
 
     def _draw(
         self, prompts: Sequence[str], seeds: Sequence[int], request: Request, advance: Callable[[], None]
@@ -197,19 +213,43 @@ class Pipeline:
         noise = partial(self._noise, seeds, shape)
         low = self.dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype if low else None, enabled=low):
-            conditioning, null = self._conditioning(prompts, request)
-            denoise = guided(
-                self.denoiser, conditioning, null, request.guidance_scale, request.guidance_rescale
-            )
-            latents = None
+            denoise, latents = self._guided(prompts, seeds, request), None
+            encode, decode = self._codec(request.tile)
             if request.start is not None:
                 image = request.start.to(self.device, torch.float32) / 127.5 - 1
-                latents = self.autoencoder.encode(image.contiguous(memory_format=torch.channels_last))
+                latents = encode(image.contiguous(memory_format=torch.channels_last))
+            if request.mask is not None:
+                assert latents is not None
+                cells = torch.nn.functional.max_pool2d(request.mask.to(self.device, torch.float32), factor)
+                denoise = keep_known(denoise, latents, cells)
+                if request.strength == 1:  # what is under the mask does not count
+                    latents = (1 - cells) * latents
             x = prior(noise("noise"), request.grid, latents)
             x = x.contiguous(memory_format=torch.channels_last)
             fresh, after = (lambda i: noise(f"step-{i}")), (lambda i, denoised: advance())
             latents = request.sampler(denoise, x, request.grid, noise=fresh, callback=after)
-            return self.autoencoder.decode(latents)
+            images = decode(latents)
+        if request.mask is None:
+            return images
+        share = soft_edge(request.mask, factor).to(self.device)
+        return torch.lerp(image.expand_as(images), images.float(), share.expand_as(images))
+
+    def _guided(self, prompts: Sequence[str], seeds: Sequence[int], request: Request) -> Denoise:
+        conditioning, null = self._conditioning(prompts, seeds, request)
+        scale, rescale = request.guidance_scale, request.guidance_rescale
+        return guided(self.denoiser, conditioning, null, scale, rescale, interval=request.guidance_interval)
+
+    def _codec(self, tile: int | None) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """The autoencoder's encode and decode; in tiles of so many pixels that overlap by an eighth."""
+        if tile is None:
+            return self.autoencoder.encode, self.autoencoder.decode
+        cells = tile // self.autoencoder.factor
+        overlap = min(-(-cells // 8), cells // 2) * self.autoencoder.factor
+        given = {"tile": tile, "overlap": overlap}
+        return (
+            partial(tiled_encode, self.autoencoder, **given),
+            partial(tiled_decode, self.autoencoder, **given),
+        )
 
     def _noise(self, seeds: Sequence[int], shape: Sequence[int], purpose: str) -> Tensor:
         """Noise [b c h w] that is a function of each picture's seed and the purpose alone."""
@@ -217,83 +257,38 @@ class Pipeline:
         return torch.cat([keyed_normal(seed, zero, purpose, shape) for seed in seeds])
 
     def _conditioning(
-        self, prompts: Sequence[str], request: Request
+        self, prompts: Sequence[str], seeds: Sequence[int], request: Request
     ) -> tuple[Conditioning, Conditioning | None]:
         """That of the prompts, and what guidance pushes away from: nothing said, or the negative prompt."""
-        b = len(prompts)
-        size = torch.tensor([[request.height, request.width]], device=self.device).expand(b, -1)
-        n, weight = torch.arange(b, device=self.device), torch.ones(b, device=self.device)
-
-        def condition(captions: Sequence[str]) -> Conditioning:
-            batch = Batch(n, weight, caption=captions, original_size=size, crop=torch.zeros_like(size))
-            found: Conditioning = self.conditioner(batch)
-            return found
-
+        b, conditioner, device = len(prompts), self.conditioner, self.device
+        if request.prompt_weights or request.clip_skip != 1:
+            conditioner = conditioner.reading(request.prompt_weights, request.clip_skip)
+        size = torch.tensor([[request.height, request.width]], device=device).expand(b, -1)
+        n = torch.tensor([seed % 2**63 for seed in seeds], device=device)
+        batch = Batch(n, torch.ones(b, device=device), caption=list(prompts), original_size=size)
+        batch = replace(batch, crop=torch.zeros_like(size), target_size=size)
+        if request.start is not None:  # what an upscaler enlarges, and an inpainting network fills in
+            source = request.start.to(device).expand(b, -1, -1, -1)
+            batch = replace(batch, source=source)
+            if request.mask is not None:
+                mask = request.mask.to(device).expand(b, -1, -1, -1)
+                batch = replace(batch, image=source, mask=mask)
+        conditioning: Conditioning = conditioner(batch)
         if request.guidance_scale == 1:
-            return condition(prompts), None
+            return conditioning, None
         if request.negative_prompt:
-            return condition(prompts), condition([request.negative_prompt] * b)
-        return condition(prompts), self.conditioner.null(b)
-
-    def _recipe(self, prompt: str, seed: int, request: Request) -> str:
-        """What the picture is made of; entries that are None are left out."""
-        settings: dict[str, object] = {
-            "Steps": request.num_steps,
-            "Sampler": FIELD_NAMES.get(request.sampler_name, request.sampler_name),
-            "Schedule type": FIELD_NAMES.get(request.spacing, request.spacing),
-            "CFG scale": f"{request.guidance_scale:g}",
-            "CFG rescale": f"{request.guidance_rescale:g}" if request.guidance_rescale else None,
-            "Seed": seed,
-            "Size": f"{request.width}x{request.height}",
-            "Model hash": self.digest[:10] or None,
-            "Model": self.name or None,
-            "Denoising strength": None if request.start is None else f"{request.strength:g}",
-            "Version": f"ldm {ldm.__version__}",
-        }
-        given = {name: value for name, value in settings.items() if value is not None}
-        return recipe(prompt, request.negative_prompt, given)
-
-
-def sampler_of(sampler: str | Mapping[str, Any] | Sampler) -> tuple[Sampler, str]:
-    """A sampling function and its name, from a name, a config section or the function itself."""
-    files = sorted((CONFIG_DIR / "sampler").glob("*.yaml"))
-    known = {file.stem: plain(from_yaml(file.read_text(encoding="utf-8"))) for file in files}
-    if isinstance(sampler, str):
-        if sampler not in known:
-            raise InputError(f"sampler={sampler}", "no such option", f"have: {', '.join(known)}")
-        return build(known[sampler]), sampler
-    if isinstance(sampler, Mapping):
-        section = plain(sampler)
-        last = str(section.get("_target_")).rpartition(".")[2]
-        names = [name for name, its in known.items() if its == section]
-        return build(section), last if last in names or not names else names[0]
-    function = sampler.func if isinstance(sampler, partial) else sampler
-    return sampler, str(getattr(function, "__name__", type(function).__name__))
-
-
-def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """`value` if it is a whole number in the range; raises InputError."""
-    good = isinstance(value, int) and not isinstance(value, bool)
-    if not good or value < low or (high is not None and value > high):
-        raise InputError(f"{name}={value}", f"need {low} or more" if high is None else f"need {low}..{high}")
-    return int(value)
-
-
-def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """`value` if it is a finite number in the range; raises InputError."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high:
-        raise InputError(
-            f"{name}={value}", "need a number" + (f" in {low}..{high}" if high < math.inf else "")
-        )
-    return float(value)
+            return conditioning, conditioner(replace(batch, caption=[request.negative_prompt] * b))
+        return conditioning, conditioner.null(conditioning)
 
 
 @contextlib.contextmanager
-def bar(total: int, shown: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar of solver steps on stderr, with the time left; yields what moves it by one."""
-    if not shown:
-        yield lambda: None
+def bar(total: int, shown: bool | Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """A progress bar of solver steps on stderr, with the time left; yields what moves it by one.
+
+    With a function for `shown`, that is what counts the steps.
+    """
+    if not shown or callable(shown):
+        yield shown or (lambda: None)
         return
     from rich.console import Console
     from rich.progress import Progress
@@ -307,15 +302,22 @@ def load(
     path: str | os.PathLike[str],
     weights: str = "ema",
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Pipeline:
     """The pipeline of a run, a stage or a checkpoint directory, rebuilt from the config that is stored in it.
 
-    weights: ema, or raw for those the optimizer last left. Nothing in a stranger's checkpoint can run code:
-    tensors are safetensors and the config builds only what `ldm.build` allows.
+    weights: ema; ema:0.08, the average of that length out of the run's snapshots (checkpoints/posthoc.py); or
+    raw, those the optimizer last left. dtype: also as fp32, bf16, fp16. Nothing in a stranger's checkpoint
+    can run code: tensors are safetensors and the config builds only what `ldm.build` allows.
     """
-    if weights not in ("ema", "raw"):
-        raise InputError(f"weights={weights}", "no such option", "have: ema, raw")
+    choice = WEIGHTS.fullmatch(weights)
+    if choice is None:
+        raise InputError(f"weights={weights}", "no such option", "have: ema, raw, ema:LENGTH as in ema:0.08")
+    length = choice[2]
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise InputError(f"precision={dtype}", "no such option", f"have: {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
     folder = resolve(Path(path))
     config = from_yaml(load_document(folder, "config.yaml"), f"{folder / 'config.yaml'}")
     tensors, used = load_tensors(folder, "model"), "model.safetensors"
@@ -324,6 +326,8 @@ def load(
         if not (folder / used).is_file():
             raise InputError(f"weights={weights}", f"no EMA weights in {folder.name}", "pass weights=raw")
         tensors |= load_tensors(folder, "ema")
+    elif length:
+        tensors |= combine(folder, float(length), where=f"weights={weights}").tensors()
     present = [name for name in NETWORKS if config.get(name) is not None]
     networks = {name: restore(name, config, tensors, folder) for name in present}
     rest = {"noise_scheduler": build(config["noise_scheduler"])} if "backbone" in networks else {}
@@ -336,7 +340,8 @@ def load(
         device=device,
         dtype=dtype,
         name=f"{config.get('run_name') or folder.parent.name} {folder.name}",
-        digest=load_document(folder, MANIFEST)["files"][used]["sha256"],
+        digest="" if length else load_document(folder, MANIFEST)["files"][used]["sha256"],
+        weights=weights,
     )
 
 

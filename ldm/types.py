@@ -5,12 +5,13 @@ b batch, c channels, h w latent size, H W image size, l tokens, d width, p poole
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,15 @@ class Batch:
     weight: Tensor  # float32 [b], 1, or 0 for a sample that could not be read
     key: Sequence[str] = ()  # "shard/key" of each sample, to name it in messages
     image: Tensor | None = None  # uint8 [b 3 H W]; networks normalise to [-1, 1] on the device
-    moments: Tensor | None = None  # float [b 2c h w], mean and log-variance of the posterior
+    moments: Tensor | None = None  # float [b m h w], what the autoencoder's moments() gave
     caption: Sequence[str] | None = None
     tokens: Tensor | None = None  # int64 [b l]
     original_size: Tensor | None = None  # int64 [b 2], height and width before any resize
     crop: Tensor | None = None  # int64 [b 2], top and left of the crop after the resize
+    target_size: Tensor | None = None  # int64 [b 2], height and width of the picture; None: those of `image`
+    label: Tensor | None = None  # int64 [b], class; below 0: not known
+    mask: Tensor | None = None  # [b 1 H W], 1 where `image` is to be painted anew, else 0
+    source: Tensor | None = None  # uint8 [b 3 H W], a picture to go by where the result is not known
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -67,8 +72,19 @@ class Conditioning:
         )
 
     def cat(self, other: Conditioning) -> Conditioning:
-        """Rows of self, then rows of `other`."""
-        return self._combine(other, lambda a, b: torch.cat([a, b.to(a.dtype)]))
+        """Rows of self, then rows of `other`; a shorter context is filled up with tokens that are masked."""
+        first, second = self, other
+        if first.context is not None and second.context is not None:
+            lengths = first.context.shape[1], second.context.shape[1]
+            if lengths[0] != lengths[1] or (first.context_mask is None) != (second.context_mask is None):
+                first, second = (_filled_up(c, c.context, max(lengths)) for c in (first, second))
+        return first._combine(second, lambda a, b: torch.cat([a, b.to(a.dtype)]))
+
+
+def _filled_up(conditioning: Conditioning, context: Any, length: int) -> Conditioning:
+    mask, more = conditioning.context_mask, length - context.shape[1]
+    mask = context.new_ones(context.shape[:2], dtype=torch.bool) if mask is None else mask
+    return replace(conditioning, context=pad(context, (0, 0, 0, more)), context_mask=pad(mask, (0, more)))
 
 
 class GridRow(NamedTuple):
@@ -79,13 +95,28 @@ class GridRow(NamedTuple):
     sigma: float
 
 
-Grid = Sequence[GridRow]  # N + 1 rows from most to least noise; python floats, so no device is asked
+class Grid(tuple[GridRow, ...]):
+    """N + 1 rows from most to least noise; python floats, so no device is asked.
+
+    `row_of(sigma / alpha)` is a row of the same process at any level, for samplers that leave the grid.
+    """
+
+    row_of: Callable[[float], GridRow]
+
+    def __new__(cls, rows: Iterable[GridRow], row_of: Callable[[float], GridRow]) -> Grid:
+        grid = super().__new__(cls, rows)
+        grid.row_of = row_of
+        return grid
+
+
 Denoise = Callable[[Tensor, GridRow], Tensor]  # (x, row) -> estimate of the clean latents
 NoiseSource = Callable[[int], Tensor]  # i -> i-th keyed standard normal noise, shaped like x
 Weighting = Callable[
     [Any, Tensor], Tensor
 ]  # (noise_scheduler, t [b]) -> weight of the squared error in F space
-TimeDistribution = Callable[[Tensor], Tensor]  # uniform [b] in (0, 1) -> position [b] in (0, 1)
+TimeDistribution = Callable[
+    [Any, Tensor], Tensor
+]  # (noise_scheduler, uniform [b] in (0, 1)) -> position [b] that its time_at takes
 
 
 class Autoencoder(Protocol):
@@ -94,7 +125,7 @@ class Autoencoder(Protocol):
     latent_channels: int
     factor: int  # images are `factor` times larger than latents along each side
 
-    def moments(self, images: Tensor) -> Tensor: ...  # [b 3 H W] -> [b 2c h w]
+    def moments(self, images: Tensor) -> Tensor: ...  # [b 3 H W] -> [b m h w]; KL: m = 2c, VQ: m = c
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor: ...  # noise None: the mode
 
@@ -106,11 +137,17 @@ class Autoencoder(Protocol):
 class Conditioner(Protocol):
     """Batch to conditioning, and the conditioning that says nothing."""
 
+    context_dim: int | None  # widths of what it gives; None, or 0 channels: it gives none
+    pooled_dim: int | None
+    num_classes: int | None
+    concat_channels: int
+    tokenizer: Callable[[Sequence[str]], Tensor] | None  # -> int64 [b l]; picklable, needs no weights
+
     def __call__(self, batch: Batch) -> Conditioning: ...
 
-    def null(self, batch_size: int) -> Conditioning: ...
+    def null(self, given: Conditioning) -> Conditioning: ...  # `given`, less what a dropped caption says
 
-    def tokenize(self, captions: Sequence[str]) -> Tensor: ...  # int64 [b l], picklable, no weights needed
+    def use_autoencoder(self, autoencoder: Any) -> None: ...  # once, before any batch
 
 
 class Backbone(Protocol):
@@ -131,6 +168,8 @@ class NoiseScheduler(Protocol):
 
     def time_at(self, u: Tensor) -> Tensor: ...  # position in (0, 1), clean to noisy -> t
 
+    def position_of(self, t: Tensor) -> Tensor: ...  # inverse of time_at
+
     def time_of(self, log_snr: Tensor) -> Tensor: ...  # inverse of log(alpha^2 / sigma^2)
 
     def input_scale(self, t: Tensor) -> Tensor: ...
@@ -139,6 +178,8 @@ class NoiseScheduler(Protocol):
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
 
+    def clean_from_output(self, x: Tensor, output: Tensor, alpha: Any, sigma: Any) -> Tensor: ...
+
     def grid(self, num_steps: int, spacing: str) -> Grid: ...
 
 
@@ -146,6 +187,10 @@ class Denoiser(Protocol):
     """A backbone under a noise scheduler: estimates clean latents, and says how wrong it is."""
 
     def __call__(self, noisy_latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor: ...
+
+    def output_at(self, x: Tensor, row: GridRow, conditioning: Conditioning) -> Tensor: ...  # F
+
+    def at_row(self, x: Tensor, row: GridRow, conditioning: Conditioning) -> Tensor: ...  # clean estimate
 
     def loss(self, latents: Tensor, noise: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor: ...
 

@@ -35,10 +35,20 @@ BELOW: dict[str, set[str]] = {
     "data": CONTRACTS,
     "checkpoints": CONTRACTS | {"config"},
     "evaluation": CONTRACTS | NETWORKS | {"diffusion", "data", "pictures", "config"},
-    "training": CONTRACTS | NETWORKS | {"diffusion", "data", "pictures", "config", "checkpoints"},
+    "training": CONTRACTS
+    | NETWORKS
+    | {
+        "diffusion",
+        "data",
+        "pictures",
+        "config",
+        "checkpoints",
+        "evaluation",
+    },  # validation takes its metrics
+    "sampling": CONTRACTS | {"diffusion", "pictures", "config"},
     "pipeline": CONTRACTS
     | NETWORKS
-    | {"diffusion", "data", "pictures", "config", "checkpoints", "evaluation"},
+    | {"diffusion", "data", "pictures", "config", "checkpoints", "evaluation", "sampling"},
 }
 BELOW["cluster"] = set(BELOW)
 BELOW["cli"] = set(BELOW)
@@ -56,7 +66,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "transformers": (),
     "peft": (),
     "triton": ("ldm/nn/kernels/",),
-    "safetensors": ("ldm/checkpoints/", "ldm/conditioning/text.py"),
+    "safetensors": ("ldm/checkpoints/", "ldm/conditioning/text.py", "ldm/evaluation/perceptual.py"),
     "pickle": (),
 }
 PURE = ("types", "random", "nn", "autoencoder", "backbones", "diffusion")  # torch, einops, standard library

@@ -38,6 +38,8 @@ def test_help_imports_nothing_heavy():
         (["evaluate", "nowhere"], "checkpoint=nowhere: no such checkpoint"),
         (["evaluate", "nowhere", "--set", "coco"], "--set coco: no such set; have: quickstart"),
         (["evaluate", "x", "--features", "no.such:thing"], "--features no.such:thing: No module named 'no'"),
+        (["ema", "nowhere", "out", "--length", "0.08"], "checkpoint=nowhere: no such checkpoint"),
+        (["ema", "nowhere", "out"], "ldm ema: the following arguments are required: --length"),
         (["data", "index", "nowhere.tar"], "shards: no shard matches 'nowhere.tar'"),
     ],
 )

@@ -7,7 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.pictures import contact_sheet, parse_recipe, recipe, save_next, save_png, to_pil, to_tensor, to_uint8
+from ldm.pictures import (
+    contact_sheet,
+    parse_recipe,
+    recipe,
+    save_next,
+    save_png,
+    to_pil,
+    to_tensor,
+    to_uint8,
+    xy_sheet,
+)
 
 SETTINGS = {
     "Steps": 30,
@@ -114,6 +124,46 @@ def test_sheet_captions_are_drawn_in_their_own_cell_and_wrapped():
     assert ink[:, 0].min() >= 8 + 192  # below the picture
     assert ink[:, 1].max() < 8 + 192 + 2  # and not in the next column
     assert ink[:, 0].max() < sheet.shape[0] - 4  # nor cut at the end of the sheet
+
+
+def test_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    from ldm.pictures import save_new
+
+    def breaks(file):
+        file.write(b"half")
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        save_new(tmp_path / "a.png", breaks)
+    assert list(tmp_path.iterdir()) == []
+
+    def refuse(*paths):
+        raise PermissionError(1, "no hard links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    save_png(tmp_path / "a.png", Image.new("RGB", (8, 8), "red"))
+    before = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(FileExistsError):
+        save_png(tmp_path / "a.png", Image.new("RGB", (8, 8), "blue"))
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.png", before)]
+
+
+def test_grid_sheet_has_its_pictures_in_place_and_labels_around_them():
+    colours = [(10 * i, 255 - 10 * i, 7 * i) for i in range(6)]
+    pictures = [Image.new("RGB", (64, 32), c) for c in colours]
+    sheet = np.array(xy_sheet(pictures, ["x=1", "x=2", "x=3"], ["y=1", "y=2"], "a red apple"))
+    places = [np.argwhere((sheet == c).all(-1)) for c in colours]
+    assert all(len(p) == 192 * 96 for p in places)
+    corners = np.array([p[0] for p in places]).reshape(2, 3, 2)
+    assert (np.diff(corners[:, :, 1], axis=1) > 0).all()  # columns go right
+    assert (np.diff(corners[:, :, 0], axis=0) > 0).all()  # rows go down
+    top, left = corners[0, 0]
+    dark = (sheet < 128).all(-1)
+    assert dark[:top, left:].sum() > 100  # the title and the columns' labels
+    for y in corners[:, 0, 0]:
+        assert dark[y : y + 96, :left].sum() > 20  # each row's label
+    with pytest.raises(ValueError, match="6 pictures for 2 x 2 cells"):
+        xy_sheet(pictures, ["a", "b"], ["c", "d"])
 
 
 @pytest.mark.parametrize(("pictures", "captions"), [(0, 0), (2, 1)])

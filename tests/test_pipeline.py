@@ -10,11 +10,13 @@ from PIL import Image
 from torch import nn
 
 import ldm
+from ldm.conditioning.base import ConditionerModule
 from ldm.diffusion.noise_scheduler import RectifiedFlow
 from ldm.diffusion.samplers import ddim, dpmpp_2m
 from ldm.errors import InputError
 from ldm.pictures import parse_recipe, to_tensor
 from ldm.pipeline import Pipeline
+from ldm.sampling.request import soft_edge
 from ldm.types import Conditioning
 
 COLOURS = {
@@ -39,15 +41,15 @@ class Pixels(nn.Module):
         return nn.functional.pixel_shuffle(latents, 2)
 
 
-class Names(nn.Module):
+class Names(ConditionerModule):
     """Context is the colour that the caption names."""
 
     def forward(self, batch):
         colour = [COLOURS[caption.split(",")[0]] for caption in batch.caption]
         return Conditioning(context=torch.tensor(colour)[:, None])
 
-    def null(self, batch_size):
-        return Conditioning(context=torch.zeros(batch_size, 1, 3))
+    def null(self, given):
+        return Conditioning(context=torch.zeros_like(given.context))
 
 
 class Exact(nn.Module):
@@ -143,6 +145,68 @@ def test_image_to_image_follows_sketch_and_text(toy):
     assert steps == {0.05: 1, 0.5: 10, 1.0: 20}
 
 
+def white(box, size=(16, 16)):
+    mask = Image.new("L", size, 0)
+    mask.paste(255, box)
+    return mask
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral", "dpmpp_2m", "unipc"])
+def test_white_of_the_mask_is_drawn_anew_and_the_rest_kept_bit_for_bit(toy, sampler):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+    options = {"init_image": image, "strength": 1.0, "num_steps": 20, "sampler": sampler}
+    [picture] = toy("red", mask_image=white((8, 0, 16, 16)), **options)
+    drawn, before = np.asarray(picture), np.asarray(image)
+    assert (drawn[:, :6] == before[:, :6]).all()  # a latent cell, two pixels, away from white
+    assert drawn[:, 8:].reshape(-1, 3).mean(0) / 127.5 - 1 == pytest.approx(COLOURS["red"], abs=0.2)
+    recipe = parse_recipe(picture.info["parameters"])
+    assert (recipe["Denoising strength"], len(recipe["Init image hash"]), len(recipe["Mask hash"])) == (
+        "1",
+        16,
+        16,
+    )
+    [whole] = toy("red", mask_image=white((0, 0, 16, 16)), **options)
+    assert whole.tobytes() == toy("red", num_steps=20, sampler=sampler)[0].tobytes()
+
+
+def test_soft_edge_is_one_on_the_mask_and_nothing_a_cell_away():
+    mask = torch.zeros(1, 1, 9, 40, dtype=torch.bool)
+    mask[..., 20:] = True
+    share = soft_edge(mask, 8)[0, 0, 4]
+    assert (share[20:] == 1).all()
+    assert (share[:12] == 0).all()
+    assert (share[12:21].diff() > 0).all()
+
+
+def test_guidance_acts_within_its_interval(toy):
+    plain, always = toy("red")[0].tobytes(), toy("red", guidance_scale=2.0)[0].tobytes()
+    toy.backbone.batches.clear()
+    part = toy("red", guidance_scale=2.0, guidance_interval=[0.5, 2.0])[0]
+    assert set(toy.backbone.batches) == {1, 2}
+    assert part.tobytes() not in (plain, always)
+    assert parse_recipe(part.info["parameters"])["CFG interval"] == "0.5 to 2"
+    assert toy("red", guidance_scale=2.0, guidance_interval=(0, float("inf")))[0].tobytes() == always
+
+
+def test_each_picture_may_have_its_own_seed(toy):
+    pictures = toy(["red"] * 3, seed=[7, 3, 7])
+    assert [parse_recipe(p.info["parameters"])["Seed"] for p in pictures] == ["7", "3", "7"]
+    assert pictures[0].tobytes() == pictures[2].tobytes() != pictures[1].tobytes()
+    with pytest.raises(InputError, match="seed: 2 for 1 pictures"):
+        toy("red", seed=[1, 2])
+
+
+def test_tiles_of_an_exact_autoencoder_change_nothing(toy):
+    calls = []
+    decode = toy.autoencoder.decode
+    toy.autoencoder.decode = lambda latents: (calls.append(latents.shape[-2:]), decode(latents))[1]
+    at_once, tiled = (toy("red", height=32, width=48, tile=tile)[0] for tile in (None, 16))
+    difference = to_tensor([at_once]).int() - to_tensor([tiled]).int()
+    assert difference.abs().max() <= 1
+    assert (calls[0], set(calls[1:])) == ((16, 24), {(8, 8)})
+    assert parse_recipe(tiled.info["parameters"])["Tile"] == "16"
+
+
 def test_init_image_is_turned_covered_cut_and_put_on_white(toy, tmp_path):
     wide = Image.new("RGBA", (64, 16), (0, 0, 0, 0))  # transparent, with an opaque middle
     wide.paste((200, 0, 0, 255), (26, 0, 38, 16))
@@ -191,7 +255,11 @@ def test_sampler_may_be_a_name_a_section_or_a_function(toy):
     names = [parse_recipe(p.info["parameters"])["Sampler"] for p in pictures]
     assert names == ["DPM++ 2M"] * 4
     section = {"_target_": "ldm.diffusion.samplers.ddim", "_partial_": True, "eta": 0.25}
-    assert parse_recipe(toy("red", sampler=section)[0].info["parameters"])["Sampler"] == "DDIM"
+    recipe = parse_recipe(toy("red", sampler=section)[0].info["parameters"])
+    assert (recipe["Sampler"], recipe["Sampler eta"]) == ("DDIM", "0.25")
+    recipe = parse_recipe(toy("red", sampler=partial(dpmpp_2m, eta=1.0))[0].info["parameters"])
+    assert recipe["Sampler"] == "DPM++ 2M SDE"
+    assert "Sampler eta" not in recipe
 
 
 @pytest.mark.parametrize(
@@ -208,7 +276,7 @@ def test_sampler_may_be_a_name_a_section_or_a_function(toy):
         ({"guidance_scale": float("nan")}, "guidance_scale=nan: need a number"),
         ({"guidance_rescale": 1.5}, "guidance_rescale=1.5: need a number in 0..1"),
         ({"spacing": "leading"}, "sampling: spacing=leading .* RectifiedFlow"),
-        ({"sampler": "plms"}, "sampler=plms: no such option; have: ddim"),
+        ({"sampler": "lms"}, "sampler=lms: no such option; have: ddim"),
         ({"init_image": "missing.png"}, "init_image=missing.png: no such file"),
         ({"init_image": "sample.yaml"}, "init_image=.*sample.yaml: not a picture"),
         ({"init_image": Image.new("RGB", (8, 8)), "strength": 0}, "strength=0: need more than 0"),
@@ -265,7 +333,7 @@ def test_missing_ema_is_said(make_run, tmp_path):
     with pytest.raises(InputError, match="no EMA weights in step-000000012; pass weights=raw"):
         ldm.load(tmp_path / "run", device="cpu")
     assert ldm.load(tmp_path / "run", weights="raw", device="cpu")("a")
-    with pytest.raises(InputError, match="weights=best: no such option; have: ema, raw"):
+    with pytest.raises(InputError, match="weights=best: no such option; have: ema, raw, ema:LENGTH"):
         ldm.load(tmp_path / "run", weights="best")
 
 
@@ -336,3 +404,45 @@ def test_bfloat16_is_close_and_computed_in_bfloat16(tiny_run):
     a, b = exact("red apple")[0], rough("red apple")[0]
     assert set(seen) == {torch.bfloat16}
     assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).mean() < 8
+
+
+# What conditioners are told: tests/conditioning has what they make of it
+
+
+class Listening(Names):
+    """Notes the batches that it is asked about, and how it is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches, self.readings = [], []
+
+    def forward(self, batch):
+        self.batches.append(batch)
+        return super().forward(batch)
+
+    def reading(self, *how):
+        self.readings.append(how)
+        return self
+
+
+def test_prompt_weights_and_clip_skip_reach_the_conditioner_and_the_recipe(toy):
+    toy.conditioner = Listening()
+    assert "Clip skip" not in parse_recipe(toy("red")[0].info["parameters"])
+    assert toy.conditioner.readings == []
+    [picture] = toy("red", prompt_weights=True, clip_skip=2, guidance_scale=2, negative_prompt="green")
+    assert toy.conditioner.readings == [(True, 2)]
+    fields = parse_recipe(picture.info["parameters"])
+    assert fields["Clip skip"] == "2"
+    assert fields["Prompt weights"] == "on"
+    with pytest.raises(InputError, match="clip_skip=0: need 1 or more"):
+        toy("red", clip_skip=0)
+
+
+def test_conditioners_are_told_sizes_seeds_and_the_picture_to_start_from(toy):
+    toy.conditioner = Listening()
+    toy(["red", "green"], seed=7, height=16, width=24, init_image=sketch(), batch_size=1)
+    first, second = toy.conditioner.batches
+    assert [batch.n.tolist() for batch in (first, second)] == [[7], [8]]  # not the place in the batch
+    for name, value in {"original_size": [16, 24], "crop": [0, 0], "target_size": [16, 24]}.items():
+        assert getattr(first, name).tolist() == [value]
+    assert first.source.shape == (1, 3, 16, 24)

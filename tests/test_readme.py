@@ -19,6 +19,7 @@ from PIL import Image
 
 from ldm import cli
 from ldm.config import compose, split_arguments
+from ldm.pictures import recipe, save_png
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -125,9 +126,14 @@ def test_slurm_commands_compose(words):
 
 @pytest.fixture
 def folder(make_run, tmp_path, monkeypatch):
-    """A working directory with a tiny run of the quickstart's name, and a sketch."""
+    """A working directory with a tiny run of the quickstart's name, and what its commands read."""
     make_run(tmp_path / "runs" / "quickstart", config={"run_name": "quickstart"})
-    Image.new("RGB", (40, 30), "white").save(tmp_path / "sketch.png")
+    for name in ("sketch", "mask"):
+        Image.new("RGB", (40, 30), "white").save(tmp_path / f"{name}.png")
+    (tmp_path / "prompts.txt").write_text("a pizza --n blurry --d 7 --s 2 --ss euler_a\na tree\n")
+    first = recipe("a tree", "", {"Steps": 2, "Sampler": "DDIM", "Seed": 7})
+    (tmp_path / "samples" / "quickstart").mkdir(parents=True)
+    save_png(tmp_path / "samples" / "quickstart" / "00000.png", Image.new("RGB", (16, 16)), first)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -138,8 +144,9 @@ def test_sampling_commands_draw(words, folder):
     sample = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sample)
     assert sample.main(words) == 0
-    if "--help" not in words:
-        assert (folder / "samples" / "quickstart" / "00000.png").is_file()
+    output = next((word[7:] for word in words if word.startswith("output=")), "samples/quickstart")
+    made = {path.name for path in (folder / output).iterdir()} - {"00000.png"}
+    assert "--help" in words or made & {"00001.png", "samples-00000.npz"}
 
 
 @pytest.mark.parametrize("code", blocks(README, "python"), ids=lambda code: code.split("\n")[0])

@@ -96,7 +96,7 @@ class CrossAttentionUNet(nn.Module):
     transformer_depth   transformer blocks after each resnet of the level, 0: no attention there
     mid_depth           the same at the bottom; None: that of the deepest level with attention
     num_heads, head_dim exactly one of them: how attention is split; one number or one a level
-    context_dim         width of conditioning.context
+    context_dim         width of conditioning.context; None: there is none, pixels attend to each other alone
     linear_projection   see `Transformer2D`; False in SD 1, True in SD 2 and XL
     pooled_dim          width of conditioning.pooled (SDXL: 2816); None: there is none
     num_classes         rows of the embedding of conditioning.label, the null class included; None: no labels
@@ -112,7 +112,7 @@ class CrossAttentionUNet(nn.Module):
         mid_depth: int | None = None,
         num_heads: int | Sequence[int] | None = None,
         head_dim: int | Sequence[int] | None = None,
-        context_dim: int = 768,
+        context_dim: int | None = 768,
         linear_projection: bool = False,
         pooled_dim: int | None = None,
         num_classes: int | None = None,

@@ -33,6 +33,8 @@ MAY_CHANGE_ON_RESUME = (  # dotted prefixes: what decides where and how fast, ne
     "data.rebase",
     "backbone.gradient_checkpointing",
     "optimizer.fused",
+    "deterministic",
+    "summary",
     "logger",
     "callbacks",
     "sampler",

@@ -8,6 +8,7 @@ before a value is used. Networks that were trained here and are frozen now are s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -188,7 +189,7 @@ def _steps(root: Path) -> list[Path]:
 def resolve(path: Path, stage: str | None = None, where: str = "checkpoint") -> Path:
     """The good checkpoint directory that `path` means: itself, or the newest in a run, a stage, a folder.
 
-    A run of two stages answers with its diffusion model if that has a checkpoint, unless `stage` says which.
+    A run of several stages answers with the last that has a checkpoint, unless `stage` says which.
     `where` is the option that gave the path, for messages. What is returned has been verified.
     """
     path = Path(path)
@@ -203,7 +204,7 @@ def resolve(path: Path, stage: str | None = None, where: str = "checkpoint") -> 
     if (path / MANIFEST).is_file() or NAME.fullmatch(path.name):
         verify(path)
         return path
-    stages = [path / name for name in STAGES if (path / name).is_dir()]
+    stages = _stages(path)
     if stages and stage is not None:
         stages = [path / stage]
     folders = [folder for home in stages or [path] for folder in (home / "checkpoints", home)]
@@ -213,3 +214,14 @@ def resolve(path: Path, stage: str | None = None, where: str = "checkpoint") -> 
     damaged = sum(len(_steps(folder)) for folder in folders)
     what = f"no good checkpoint ({damaged} damaged)" if damaged else "no such checkpoint"
     raise InputError(place, what, "give a run that has saved one: checkpoints/step-*/")
+
+
+def _stages(run: Path) -> list[Path]:
+    """Folders of a run's stages, the last first: what is not finished, then back through run.json."""
+    names = [name for name in STAGES if (run / name).is_dir()]
+    finished: list[str] = []
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        finished = list(json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"])
+        names += sorted({folder.parent.name for folder in run.glob("*/checkpoints")} - set(names))
+    place = {name: i for i, name in enumerate(finished)}
+    return [run / name for name in sorted(names, key=lambda name: -place.get(name, len(place)))]

@@ -7,15 +7,19 @@ Radford et al., "Learning transferable visual models from natural language super
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning.base import ConditionerModule
+from ldm.conditioning.prompts import Chunk, chunked, emphasised
 from ldm.errors import InputError
 from ldm.types import Batch, Conditioning
 
@@ -49,26 +53,50 @@ class Tokenizer:
 
         if isinstance(captions, str):
             raise ValueError(f"expected a list of captions, got the text {captions!r}")
-        tokens: Tensor = open_clip.tokenize(list(captions), self.context_length)
-        if PADDING[self.padding]:
-            after = (tokens == END).cumsum(dim=1).bool() & (tokens == 0)
-            tokens = tokens.masked_fill(after, PADDING[self.padding])
-        return tokens
+        return self.padded(open_clip.tokenize(list(captions), self.context_length))
+
+    def padded(self, tokens: Tensor) -> Tensor:
+        """The same tokens, whatever they were padded with: towers with different padding share a batch's."""
+        ends = tokens == END
+        return tokens.masked_fill(ends.cumsum(dim=1) > ends, PADDING[self.padding])
+
+    def encode(self, text: str) -> list[int]:
+        """All tokens of a text, without start, end and padding."""
+        return _vocabulary().encode(text)  # type: ignore[no-any-return]
+
+    def wrapped(self, chunk: Chunk) -> tuple[list[int], list[float]]:
+        """Tokens and weights of a chunk with start, end and padding, whose weights are 1."""
+        rest = self.context_length - 2 - len(chunk.tokens)
+        tokens = [START, *chunk.tokens, END, *[PADDING[self.padding]] * rest]
+        return tokens, [1.0, *chunk.weights, *[1.0] * (rest + 1)]
 
 
-class TextConditioner(nn.Module):
+@functools.cache
+def _vocabulary() -> Any:
+    import open_clip
+
+    return open_clip.SimpleTokenizer()
+
+
+class TextConditioner(ConditionerModule):
     """What both towers share: tokens from the batch or its captions, and the null conditioning.
 
-    `encode(tokens)` is theirs. The null conditioning is that of the empty caption.
+    `encode(tokens)` is theirs. The null conditioning is that of the empty caption, or with `zero_null` zeros
+    (SDXL). `weighted` reads captions of any length by the rules of prompts.py: context [b k*l d] for k chunks
+    (the mask leaves out those that a row lacks), and pooled of the first. Otherwise they are taken as they
+    are, and cut.
     """
 
     null_tokens: Tensor  # int64 [1 l]
 
-    def __init__(self, tokenizer: Tokenizer, context_dim: int, pooled_dim: int | None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, context_dim: int, pooled_dim: int | None, zero_null: bool = False
+    ) -> None:
         super().__init__()
         self.tokenizer, self.context_dim, self.pooled_dim = tokenizer, context_dim, pooled_dim
-        empty = [START, END] + [PADDING[tokenizer.padding]] * (tokenizer.context_length - 2)
-        self.register_buffer("null_tokens", torch.tensor([empty]), persistent=False)
+        self.zero_null, self.weighted = zero_null, False
+        tokens, _ = tokenizer.wrapped(Chunk([], []))
+        self.register_buffer("null_tokens", torch.tensor([tokens]), persistent=False)
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Tokens of captions, int64 [b l]; send workers `tokenizer` instead, which holds no weights."""
@@ -77,23 +105,63 @@ class TextConditioner(nn.Module):
     def forward(self, batch: Batch) -> Conditioning:
         """Context [b l d], and pooled [b p] if asked for, of `batch.tokens`, or else of `batch.caption`."""
         tokens = batch.tokens
-        if tokens is None:
+        if tokens is None or self.weighted:
             if batch.caption is None:
                 raise ValueError("a text conditioner needs batch.tokens or batch.caption; both are None")
+            if self.weighted:
+                return self._weighted(batch.caption)
             tokens = self.tokenize(batch.caption).to(self.null_tokens.device, non_blocking=True)
         if tokens.shape[-1] != self.tokenizer.context_length:
             raise ValueError(
                 f"tokens of length {tokens.shape[-1]} for a context_length of {self.tokenizer.context_length}"
             )
-        return self.encode(tokens)
+        return self.encode(self.tokenizer.padded(tokens))
 
-    def null(self, batch_size: int) -> Conditioning:
-        """The conditioning of the empty caption: one row computed, `batch_size` views of it."""
-        one = self.encode(self.null_tokens)
+    def _weighted(self, captions: Sequence[str]) -> Conditioning:
+        tokenizer, device = self.tokenizer, self.null_tokens.device
+        rows = [chunked(text, tokenizer.encode, tokenizer.context_length - 2) for text in captions]
+        most = max(map(len, rows))
+        chunks = [chunk for row in rows for chunk in row + [Chunk([], [])] * (most - len(row))]
+        tokens, weights = zip(*map(tokenizer.wrapped, chunks), strict=True)
+        out = self.encode(torch.tensor(tokens, device=device))
+        assert out.context is not None
+        context = emphasised(out.context, torch.tensor(weights, device=device))
+        mask = None
+        if any(len(row) < most for row in rows):
+            counts = torch.tensor([len(row) for row in rows], device=device)
+            mask = torch.arange(most, device=device) < counts[:, None]
+            mask = mask.repeat_interleave(tokenizer.context_length, dim=1)
         return Conditioning(
-            context=None if one.context is None else one.context.expand(batch_size, -1, -1),
-            pooled=None if one.pooled is None else one.pooled.expand(batch_size, -1),
+            context=context.unflatten(0, (-1, most)).flatten(1, 2),
+            context_mask=mask,
+            pooled=None if out.pooled is None else out.pooled[::most],
         )
+
+    def reading(self, weighted: bool = False, clip_skip: int = 1) -> Self:
+        """`clip_skip` counts as AUTOMATIC1111 does: 1 is the layer it was trained with, 2 the one before."""
+        other = copy.copy(self)  # the same tensors
+        other.weighted = weighted
+        if clip_skip != 1:
+            other._skip(clip_skip - 1)
+        return other
+
+    def _skip(self, blocks: int) -> None:
+        fix = "leave it out"
+        raise InputError(f"clip_skip={blocks + 1}", "this text tower was trained with its last layer", fix)
+
+    def null(self, given: Conditioning) -> Conditioning:
+        """The conditioning of the empty caption: one row computed, repeated for each row and chunk."""
+        context, pooled, mask = given.context, given.pooled, given.context_mask
+        assert context is not None
+        if self.zero_null:
+            context, pooled = torch.zeros_like(context), None if pooled is None else torch.zeros_like(pooled)
+        else:
+            one = self.encode(self.null_tokens)
+            assert one.context is not None
+            chunks = context.shape[1] // self.tokenizer.context_length
+            context = one.context.repeat(1, chunks, 1).expand(len(context), -1, -1)
+            pooled = None if one.pooled is None else one.pooled.expand(len(context), -1)
+        return Conditioning(context, None if mask is None else torch.ones_like(mask), pooled)
 
     def encode(self, tokens: Tensor) -> Conditioning:
         raise NotImplementedError
@@ -141,7 +209,9 @@ class FrozenOpenCLIP(TextConditioner):
     """The text tower of an open_clip model, never trained: no gradient, no dropout, no training mode.
 
     `layer` is `last`, `penultimate`, or N for the output of the N-th block; `final_norm` puts the model's
-    last layer norm on it. `pooled` adds the projected end token of the whole tower. `pretrained` is a tag of
+    last layer norm on it. `pooled` adds the projected end token of the whole tower. SDXL: CLIP ViT-L/14 with
+    layer 11 of 12 and OpenCLIP ViT-bigG/14 with `penultimate` and `pooled`, both without final norm and with
+    `zero_null`, see `TextConditioner`. `pretrained` is a tag of
     open_clip, a local file (safetensors, or tensors saved by torch) or the word `random`. Blocks that nothing
     needs are dropped. `context_dim` is what the configuration told the backbone, checked against the tower.
     """
@@ -156,6 +226,7 @@ class FrozenOpenCLIP(TextConditioner):
         context_length: int = 77,
         padding: str = "zero",
         context_dim: int | None = None,
+        zero_null: bool = False,
     ) -> None:
         config, text_config = _model_config(model)
         depth = _depth(layer, text_config["layers"])
@@ -172,9 +243,8 @@ class FrozenOpenCLIP(TextConditioner):
                 f"set conditioner.context_dim={text_config['width']}",
             )
         path = None if pretrained == "random" else _weights_file(model, pretrained)
-        super().__init__(
-            Tokenizer(context_length, padding), text_config["width"], config["embed_dim"] if pooled else None
-        )
+        pooled_dim = config["embed_dim"] if pooled else None
+        super().__init__(Tokenizer(context_length, padding), text_config["width"], pooled_dim, zero_null)
         import open_clip
         from open_clip.transformer import QuickGELU
         from open_clip.transformer import TextTransformer as Tower
@@ -199,6 +269,11 @@ class FrozenOpenCLIP(TextConditioner):
     def train(self, mode: bool = True) -> FrozenOpenCLIP:
         """Stays in evaluation mode whatever the parent asks."""
         return super().train(False)
+
+    def _skip(self, blocks: int) -> None:
+        if not 0 <= blocks < self.depth:
+            raise InputError(f"clip_skip={blocks + 1}", f"need 1 to {self.depth} for this text tower")
+        self.depth -= blocks
 
     @torch.no_grad()
     def encode(self, tokens: Tensor) -> Conditioning:

@@ -16,7 +16,7 @@ import torch
 import webdataset as wds
 
 from ldm.data.filters import Filter, Selection, select
-from ldm.data.index import Index, build_index
+from ldm.data.index import Index, build_index, cached_index
 from ldm.data.loader import FiniteLoader, Load, Loader, Places, Share, Tokenize, Tokens
 from ldm.data.plan import PLAN_VERSION, Stream, plan_constants
 from ldm.data.transforms import SquareCrop
@@ -101,6 +101,13 @@ class ShardDataModule(lightning.LightningDataModule):
                 index = self._index(self.validation_shards, "data.validation_shards")
             self.validation = index, select(index, self.validation_filters, "data.validation_filters")
         self.selection = selection
+
+    def known_size(self) -> int | None:
+        """Samples in an epoch of training, if that is known without reading a shard."""
+        if self.selection is not None:
+            return len(self.selection)
+        index = cached_index(self.shards, self.index_dir, self.columns) if self.shards else None
+        return None if index is None else len(select(index, self.filters, limit=self.limit))
 
     def _index(self, shards: str | Sequence[str], where: str) -> Index:
         return build_index(shards, self.index_dir, names=self.columns, where=where)

@@ -28,7 +28,7 @@ from ldm.data.columns import SIZES, Columns
 from ldm.data.scan import REPORTED, Part, Problem, scan_shard
 from ldm.errors import InputError
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 FOLDER = ".ldm_index"
 PATIENCE = 2.0  # seconds before a progress bar appears
 log = logging.getLogger(__name__)
@@ -171,6 +171,21 @@ def build_index(
             )
         index = _save(index, keys) or index
     index.names = dict(names or {})
+    return index
+
+
+def cached_index(
+    shards: str | Sequence[str],
+    cache_dir: str | os.PathLike[str] | None = None,
+    names: Mapping[str, str | None] | None = None,
+) -> Index | None:
+    """What `build_index` would find in a cache; None if it would read shards."""
+    paths = expand(shards)
+    stats = [os.stat(path) for path in paths]
+    caches = ((folder, _keys(folder, paths, stats)) for folder in _folders(paths, cache_dir))
+    index = next((found for cache in caches if (found := _load(*cache, paths))), None)
+    if index is not None:
+        index.names = dict(names or {})
     return index
 
 

@@ -167,7 +167,10 @@ class Load:
         real = np.maximum(rows, 0)
         facts, size = self.index.samples[real], self.transform.size
         original = np.stack([facts["original_height"], facts["original_width"]], 1)
+        columns = self.index.columns
+        label = np.nan_to_num(columns["label"][real], nan=-1) if "label" in columns else None
         return {
+            **({} if label is None else {"label": label.astype(np.int64)}),
             "n": n,
             "weight": np.zeros(len(n), np.float32),
             "key": [key if row >= 0 else "" for key, row in zip(self.index.keys(real), rows, strict=True)],

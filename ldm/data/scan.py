@@ -1,6 +1,7 @@
 """One tar shard -> a row for each good sample, and a count of what is wrong with the rest.
 
 A sample is adjacent members KEY.jpg|jpeg|png|webp, KEY.txt and, if there, KEY.json (img2dataset's layout).
+Its class is the number in KEY.cls (webdataset's), which may stand for the text, or else `label` of the json.
 Nothing is decoded: image sizes come from headers. What a stranger wrote is capped and checked here.
 """
 
@@ -24,8 +25,9 @@ from ldm.data.image import BadImage, header_size
 from ldm.data.tar import Damage, Member, walk
 from ldm.errors import InputError
 
-KINDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "caption", "json": "json"}
-CAPS = {"image": 64 << 20, "caption": 1 << 20, "json": 1 << 20}  # bytes of a member
+IMAGES = ("jpg", "jpeg", "png", "webp")
+KINDS = {**dict.fromkeys(IMAGES, "image"), "txt": "caption", "json": "json", "cls": "label"}
+CAPS = {"image": 64 << 20, "caption": 1 << 20, "json": 1 << 20, "label": 64}  # bytes of a member
 KEY = re.compile(r"[0-9A-Za-z_/-]{1,128}")
 COLUMN = re.compile(r"[0-9A-Za-z_.:-]{1,64}")
 MAX_COLUMNS = 64
@@ -111,6 +113,14 @@ def read_meta(data: bytes) -> dict[str, Any]:
     return meta
 
 
+def read_label(data: bytes) -> int:
+    """The class in a .cls member."""
+    try:
+        return int(data)
+    except ValueError:
+        raise Rejected("bad_label") from None
+
+
 def length_of(value: Any, default: int) -> int:
     """A side in pixels from the json, if it is one."""
     return int(value) if isinstance(value, (int, float)) and 0 < value < 1 << 31 else default
@@ -142,7 +152,7 @@ class Scanner:
 
     def add(self, key: str, group: dict[str, Member], cut: bool) -> None:
         """Append the sample's row, or raise `Rejected` or `BadImage`."""
-        seen, complete = key in self.seen, "image" in group and "caption" in group
+        seen, complete = key in self.seen, "image" in group and bool(group.keys() & {"caption", "label"})
         self.seen.add(key)
         if not KEY.fullmatch(key):
             raise Rejected("bad_name")
@@ -154,7 +164,8 @@ class Scanner:
             raise Rejected("no_caption" if "image" in group else "no_image")
         if any(member.size > CAPS[kind] for kind, member in group.items()):
             raise Rejected("too_large")
-        image, caption, meta = group["image"], group["caption"], group.get("json")
+        image, meta, label = group["image"], group.get("json"), group.get("label")
+        caption = group.get("caption", Member(image.name, image.offset, 0))
         self.hash.update(f"{key} {image.name} {image.size} {caption.size} {meta and meta.size}\n".encode())
         width, height = self.size_of(image)
         try:
@@ -162,6 +173,8 @@ class Scanner:
         except UnicodeDecodeError:
             raise Rejected("bad_caption") from None
         facts = read_meta(self.read(meta)) if meta else {}
+        if label is not None:
+            facts["label"] = read_label(self.read(label))
         for name, value in numbers(facts).items():
             if name in self.scores or len(self.scores) < MAX_COLUMNS:
                 self.scores.setdefault(name, {})[len(self.rows)] = value

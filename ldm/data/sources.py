@@ -34,6 +34,11 @@ class EmojiDataModule(ShardDataModule):
         self.cache_dir = cache_dir
         super().__init__(shards=[], image_size=image_size, validation_shards=[], **options)
 
+    def known_size(self) -> int:
+        """Known from the settings, packed or not."""
+        pairs = len(self.emoji_set.train_pairs)
+        return min(pairs, self.limit or pairs)
+
     def setup(self, stage: str | None = None) -> None:
         """Pack if need be, then index; the first process to finish packing wins."""
         if not self.shards:

@@ -1,11 +1,14 @@
 """A backbone under a noise scheduler: its clean estimate, its loss, and what one run chooses of the loss.
 
 Weightings (noise_scheduler, t [b]) -> [b] return the weight of the squared error in the space of the
-network's output F, where the loss is taken; time distributions map uniform numbers to positions in (0, 1),
-clean to noisy. b batch, c channels, h w latent size.
+network's output F, where the loss is taken; time distributions (noise_scheduler, u [b]) -> [b] map uniform
+numbers in (0, 1) to the positions, clean to noisy, that the scheduler's time_at takes. b batch, c channels,
+h w latent size.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -49,10 +52,30 @@ class MinSNR:
         return torch.where(snr < 1, weight.clamp(min=self.floor), weight)
 
 
+class P2:
+    """w_eps = (k + SNR)^-gamma (2204.00227): less for the levels that only clean up."""
+
+    def __init__(self, gamma: float = 1.0, k: float = 1.0) -> None:
+        if gamma < 0 or k <= 0:
+            raise ValueError(f"k={k} is not above 0, or gamma={gamma} below 0")
+        self.gamma, self.k = gamma, k
+
+    def __call__(self, noise_scheduler: Process, t: Tensor) -> Tensor:
+        snr = noise_scheduler.log_snr(t).exp()
+        return (self.k + snr) ** -self.gamma * noise_scheduler.weight_of_noise(t)
+
+
+class Debiased:
+    """w_eps = 1 / sqrt(SNR) (2310.08442), in F space the geometric mean of the other two spaces' weights."""
+
+    def __call__(self, noise_scheduler: Process, t: Tensor) -> Tensor:
+        return (noise_scheduler.weight_of_noise(t) * noise_scheduler.weight_of_clean(t)).sqrt()
+
+
 class Uniform:
     """Every position equally often."""
 
-    def __call__(self, u: Tensor) -> Tensor:
+    def __call__(self, noise_scheduler: Process, u: Tensor) -> Tensor:
         return u
 
 
@@ -64,8 +87,25 @@ class LogitNormal:
             raise ValueError(f"std={std} is not above 0")
         self.mean, self.std = mean, std
 
-    def __call__(self, u: Tensor) -> Tensor:
+    def __call__(self, noise_scheduler: Process, u: Tensor) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+
+
+class LogNormal:
+    """Levels whose ln(sigma / alpha) is normal (2206.00364), for any process.
+
+    The mean is that paper's -1.2, for latents of unit variance in place of 1/4: -1.2 + ln 2. A table takes
+    its nearest index, its last where the level lies beyond; an EDM process goes on beyond its grids.
+    """
+
+    def __init__(self, mean: float = -1.2 + math.log(2), std: float = 1.2) -> None:
+        if std <= 0:
+            raise ValueError(f"std={std} is not above 0")
+        self.mean, self.std = mean, std
+
+    def __call__(self, noise_scheduler: Process, u: Tensor) -> Tensor:
+        log_ratio = self.mean + self.std * torch.special.ndtri(u)
+        return noise_scheduler.position_of(noise_scheduler.time_of(-2 * log_ratio))
 
 
 class Denoiser:

@@ -1,6 +1,8 @@
-"""Classifier-free guidance (2207.12598), with the rescale of 2305.08891."""
+"""Classifier-free guidance (2207.12598), with the rescale of 2305.08891 and the interval of 2404.07724."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -15,15 +17,21 @@ def guided(
     null: Conditioning | None,
     scale: float,
     rescale: float = 0.0,
+    interval: tuple[float, float] = (0.0, math.inf),
 ) -> Denoise:
     """The clean estimate of an output pushed from `null` (or a negative prompt) through `conditioning`.
 
     One forward of twice the batch, [conditioning, null]; at scale 1 one of the batch itself, and `null` may
     be None. `rescale` in [0, 1] gives the network's guided output back the standard deviation, over c, h and
-    w, of the conditional one; it acts on F, as published, and not on the clean estimate.
+    w, of the conditional one; it acts on F, as published, and not on the clean estimate. Guidance acts at
+    levels low < sigma / alpha <= high of `interval`, as published, which no grid or number of steps moves;
+    elsewhere the conditional network is asked alone.
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"guidance rescale={rescale} is not within 0 and 1")
+    low, high = interval
+    if not 0 <= low < high:
+        raise ValueError(f"guidance interval=({low}, {high}) is not 0 <= low < high")
     if scale == 1:
         return lambda x, row: denoiser.at_row(x, row, conditioning)
     if null is None:
@@ -31,6 +39,8 @@ def guided(
     both = conditioning.cat(null)
 
     def denoise(x: Tensor, row: GridRow) -> Tensor:
+        if not low < (row.sigma / row.alpha if row.alpha > 0 else math.inf) <= high:
+            return denoiser.at_row(x, row, conditioning)
         conditional, unconditional = denoiser.output_at(torch.cat([x, x]), row, both).chunk(2)
         output = torch.lerp(unconditional, conditional, scale)
         if rescale > 0:

@@ -7,6 +7,7 @@ batch; t is the process's own time, [b] float; T the length of a table, N the nu
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Iterable
 
 import torch
@@ -103,6 +104,10 @@ class VariancePreserving(Process):
         """Whole indices, as floats."""
         return (at_least_float32(u) * self.num_train_timesteps).floor().clamp(0, self.num_train_timesteps - 1)
 
+    def position_of(self, t: Tensor) -> Tensor:
+        """The middle of the index's share of (0, 1)."""
+        return (at_least_float32(t) + 0.5) / self.num_train_timesteps
+
     def time_of(self, log_snr: Tensor) -> Tensor:
         """A log-SNR outside the table counts as its end."""
         ratio = (at_least_float32(log_snr) / 2).exp()
@@ -117,9 +122,13 @@ class VariancePreserving(Process):
         return at_least_float32(t)
 
     def _row_of(self, ratio: float) -> GridRow:
+        """`time_of` in floats: samplers may ask for rows, and no device is to be waited for."""
+        above = bisect(self._rows, ratio, 1, len(self._rows) - 1, key=lambda row: row.sigma / row.alpha)
+        low, high = self._rows[above - 1], self._rows[above]
+        rise, fall = high.sigma - low.sigma, low.alpha - high.alpha
+        past = (ratio * low.alpha - low.sigma) / (rise + ratio * fall)
         alpha = 1 / math.hypot(1, ratio)
-        t = self.time_of(torch.tensor(-2 * math.log(ratio), dtype=torch.float64))
-        return GridRow(float(round(t.item())), alpha, ratio * alpha)
+        return GridRow(float(above - 1 + round(min(max(past, 0.0), 1.0))), alpha, ratio * alpha)
 
     def _time_rows(self, num_steps: int, spacing: str) -> Iterable[GridRow]:
         total = self.num_train_timesteps
@@ -173,6 +182,10 @@ class EDM(Process):
         low, high = math.log(self.least), math.log(self.most)
         return low + (high - low) * at_least_float32(u)
 
+    def position_of(self, t: Tensor) -> Tensor:
+        low, high = math.log(self.least), math.log(self.most)
+        return (at_least_float32(t) - low) / (high - low)
+
     def time_of(self, log_snr: Tensor) -> Tensor:
         return at_least_float32(log_snr) / -2
 
@@ -225,6 +238,10 @@ class RectifiedFlow(Process):
 
     def time_at(self, u: Tensor) -> Tensor:
         return self._shifted(at_least_float32(u))
+
+    def position_of(self, t: Tensor) -> Tensor:
+        t = at_least_float32(t)
+        return t / (t + self.shift * (1 - t))
 
     def time_of(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(at_least_float32(log_snr) / -2)

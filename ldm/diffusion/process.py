@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ldm.types import GridRow
+from ldm.types import Grid, GridRow
 
 Level = TypeVar("Level", float, Tensor)
 
@@ -112,6 +112,10 @@ class Process(ABC):
         """Position u in (0, 1), clean to noisy, to time."""
 
     @abstractmethod
+    def position_of(self, t: Tensor) -> Tensor:
+        """Inverse of time_at, to the nearest index where times are whole."""
+
+    @abstractmethod
     def time_of(self, log_snr: Tensor) -> Tensor:
         """Inverse of log_snr(t)."""
 
@@ -184,7 +188,7 @@ class Process(ABC):
     def _time_rows(self, num_steps: int, spacing: str) -> Iterable[GridRow]:
         """`num_steps` noisy rows of a spacing in `time_spacings`."""
 
-    def grid(self, num_steps: int, spacing: str) -> tuple[GridRow, ...]:
+    def grid(self, num_steps: int, spacing: str) -> Grid:
         """`num_steps` rows from most to least noise, then the clean row alpha = 1, sigma = 0.
 
         uniform, leading, trailing are even in time (see the class); karras (rho = 7) and log_snr are even in
@@ -202,7 +206,7 @@ class Process(ABC):
         else:
             known = ", ".join([*self.time_spacings, *LEVEL_SPACINGS])
             raise ValueError(f"spacing={spacing} is not for {type(self).__name__}; choose one of {known}")
-        return (*rows, GridRow(self.clean_time, 1.0, 0.0))
+        return Grid([*rows, GridRow(self.clean_time, 1.0, 0.0)], self._row_of)
 
 
 def at_least_float32(t: Tensor) -> Tensor:

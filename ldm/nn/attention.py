@@ -85,20 +85,24 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the context, feed-forward; each after a LayerNorm and around a skip."""
+    """Self-attention, attention to the context, feed-forward; each after a LayerNorm and around a skip.
 
-    def __init__(self, width: int, heads: int, context_dim: int) -> None:
+    Without a `context_dim` there is no attention to a context.
+    """
+
+    def __init__(self, width: int, heads: int, context_dim: int | None) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attn1 = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.attn2 = Attention(width, heads, context_dim)
+        self.norm2 = nn.LayerNorm(width) if context_dim else None
+        self.attn2 = Attention(width, heads, context_dim) if context_dim else None
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None = None) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context, mask)
+        if self.attn2 is not None and self.norm2 is not None:
+            x = x + self.attn2(self.norm2(x), context, mask)
         return x + self.ff(self.norm3(x))
 
 
@@ -115,7 +119,7 @@ class Transformer2D(nn.Module):
         depth: int,
         heads: int,
         *,
-        context_dim: int,
+        context_dim: int | None,
         linear_projection: bool = False,
         norm_groups: int = 32,
     ) -> None:
@@ -133,7 +137,7 @@ class Transformer2D(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, context: Tensor, mask: Tensor | None = None, recompute: bool = False
+        self, x: Tensor, context: Tensor | None, mask: Tensor | None = None, recompute: bool = False
     ) -> Tensor:
         """[b c h w], context [b l d], mask bool [b l] -> [b c h w]."""
         size = x.shape[2:]

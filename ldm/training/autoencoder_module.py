@@ -5,54 +5,76 @@ Reconstruction + KL: Rombach et al., "High-resolution image synthesis with laten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ldm.evaluation.reconstruction import WINDOW, ssim
 from ldm.random import keyed_normal
 from ldm.training.module import LRSchedule, TrainingModule, to_unit
 from ldm.types import Batch
 
 
 class AutoencoderModule(TrainingModule):
-    """Trains `autoencoder` under `loss(reconstruction, images, moments) -> ([b], terms)`."""
+    """Trains `autoencoder`, whose forward gives (reconstruction, terms), under
+    `loss(reconstruction, images, terms, perceptual) -> ([b], means to log)`.
+
+    `perceptual(reconstruction, images) -> [b]` is kept frozen beside the module: in no checkpoint.
+    """
 
     def __init__(
         self,
         autoencoder: Any,
-        loss: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
+        loss: Callable[..., tuple[Tensor, dict[str, Tensor]]],
         optimizer: Callable[..., torch.optim.Optimizer],
         lr_schedule: LRSchedule,
         ema_decay: float = 0.999,
         latent_samples: int = 10_000,
         seed: int = 0,
+        perceptual: nn.Module | None = None,
+        ema_lengths: Sequence[float] = (),
     ) -> None:
-        super().__init__(optimizer, lr_schedule, ema_decay, seed)
+        super().__init__(optimizer, lr_schedule, ema_decay, seed, ema_lengths)
         self.autoencoder, self.loss = autoencoder, loss
+        if perceptual is not None:
+            self.keep_frozen("perceptual", perceptual)
         self.latent_samples = latent_samples
         self.latents_measured = 0  # pictures that the latent shift and scale come from; 0: not yet
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.reconstruct_and_judge(batch)[2]
+
+    def reconstruct_and_judge(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Images [b 3 H W], their reconstruction, and the loss but for an adversarial part."""
         assert batch.image is not None
         images = to_unit(batch.image, self.dtype)
         side = [size // self.autoencoder.factor for size in images.shape[2:]]
         noise = keyed_normal(self.seed, batch.n, "posterior", (self.autoencoder.latent_channels, *side))
-        reconstruction, moments = self.autoencoder(images, noise.to(images))
-        losses, terms = self.loss(reconstruction, images, moments)
-        for name, value in terms.items():
+        reconstruction, terms = self.autoencoder(images, noise.to(images))
+        losses, means = self.loss(reconstruction, images, terms, self.frozen.get("perceptual"))
+        for name, value in means.items():
             self.record(f"train/{name}", value)  # a mean over the batch, damaged samples included
-        return (losses * batch.weight).mean()
+        return images, reconstruction, (losses * batch.weight).mean()
 
-    def validation_terms(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """PSNR in dB of the decoded mode against the picture, both as 8-bit values, mean over pictures."""
+    def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The pictures and the decoded modes of their posteriors, clamped, all [b 3 h w] in [-1, 1]."""
         assert batch.image is not None
         images = to_unit(batch.image, self.dtype)
-        reconstruction = self.autoencoder.decode(self.autoencoder.encode(images))
-        error = (reconstruction.clamp(-1, 1) - images).float().mul(127.5).square().flatten(1).mean(1)
-        psnr = 10 * torch.log10(255**2 / error.clamp_min(1e-10))
-        return {"validation/psnr": ((psnr * batch.weight).sum(), batch.weight.sum())}
+        decoded: Tensor = self.autoencoder.decode(self.autoencoder.encode(images))
+        return images, decoded.to(images).clamp(-1, 1)  # bf16 has too few levels to score
+
+    def score(self, images: Tensor, decoded: Tensor, weight: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """PSNR in dB and SSIM against the pictures, both as 8-bit values: sums and counts over pictures."""
+        error = (decoded - images).float().mul(127.5).square().flatten(1).mean(1)
+        scores = {"psnr": 10 * torch.log10(255**2 / error.clamp_min(1e-10))}
+        if min(images.shape[2:]) >= WINDOW:
+            scores["ssim"] = ssim(127.5 * (images + 1), 127.5 * (decoded + 1))
+        return {f"validation/{name}": ((x * weight).sum(), weight.sum()) for name, x in scores.items()}
+
+    def validation_terms(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        return self.score(*self.reconstruct(batch), batch.weight)
 
     @torch.no_grad()
     def measure_latents(self, batches: Iterable[Batch]) -> int:
@@ -69,7 +91,7 @@ class AutoencoderModule(TrainingModule):
             for batch in batches:
                 assert batch.image is not None
                 moments = self.autoencoder.moments(to_unit(batch.image, self.dtype))
-                shape = (moments.shape[1] // 2, *moments.shape[2:])
+                shape = (self.autoencoder.latent_channels, *moments.shape[2:])
                 noise = keyed_normal(self.seed, batch.n, "latents", shape).to(moments)
                 z = self.autoencoder.latents(moments, noise).double() * batch.weight.view(-1, 1, 1, 1)
                 count = batch.weight.sum().double() * z.shape[2] * z.shape[3]

@@ -25,11 +25,13 @@ VALIDATION_TIMES = 8  # equidistant times that validation pictures take in turn
 
 def check_widths(autoencoder: Any, conditioner: Any, backbone: Any) -> None:
     """Raise a ValueError unless the backbone takes and gives what the other two networks give and take."""
-    channels = autoencoder.latent_channels
-    for name, width in (("in_channels", channels), ("out_channels", channels)):
-        if getattr(backbone, name) != width:
-            raise ValueError(f"backbone.{name}={getattr(backbone, name)}, but latents have {width} channels")
-    for name in ("context_dim", "pooled_dim"):
+    channels, joined = autoencoder.latent_channels, conditioner.concat_channels
+    for name, more in (("in_channels", joined), ("out_channels", 0)):
+        if getattr(backbone, name) != channels + more:
+            also = f" and the conditioner joins {more} to them: {channels + more}" if more else ""
+            what = f"latents have {channels} channels{also}"
+            raise ValueError(f"backbone.{name}={getattr(backbone, name)}, but {what}")
+    for name in ("context_dim", "pooled_dim", "num_classes"):
         taken, given = (getattr(network, name, None) for network in (backbone, conditioner))
         if taken != given:
             raise ValueError(f"backbone.{name}={taken}, but conditioner.{name}={given}")
@@ -51,10 +53,15 @@ class LatentDiffusionModule(TrainingModule):
         drop: float = 0.1,
         ema_decay: float = 0.9999,
         seed: int = 0,
+        offset_noise: float = 0.0,
+        ema_lengths: Sequence[float] = (),
     ) -> None:
-        super().__init__(optimizer, lr_schedule, ema_decay, seed)
+        super().__init__(optimizer, lr_schedule, ema_decay, seed, ema_lengths)
         if not 0 <= drop <= 1:
             raise ValueError(f"drop={drop} must be in [0, 1]")
+        if offset_noise < 0:
+            raise ValueError(f"offset_noise={offset_noise} is below 0")
+        conditioner.use_autoencoder(autoencoder)
         check_widths(autoencoder, conditioner, backbone)
         self.backbone, self.noise_scheduler = backbone, noise_scheduler
         self.keep_frozen("autoencoder", autoencoder)
@@ -63,7 +70,7 @@ class LatentDiffusionModule(TrainingModule):
         else:
             self.keep_frozen("conditioner", conditioner)
         self.denoiser = Denoiser(backbone, noise_scheduler, weighting)
-        self.time_distribution, self.drop = time_distribution, drop
+        self.time_distribution, self.drop, self.offset_noise = time_distribution, drop, offset_noise
         noisiest = noise_scheduler.time_at(torch.tensor([1 - 2.0**-20]))
         if float(weighting(noise_scheduler, noisiest)) == 0:
             raise ValueError(
@@ -88,7 +95,7 @@ class LatentDiffusionModule(TrainingModule):
             if moments is None:
                 assert batch.image is not None
                 moments = autoencoder.moments(to_unit(batch.image, self.dtype))
-            shape = (moments.shape[1] // 2, *moments.shape[2:])
+            shape = (autoencoder.latent_channels, *moments.shape[2:])
             return autoencoder.latents(moments, keyed_normal(self.seed, batch.n, purpose, shape).to(moments))
 
     def condition(self, batch: Batch) -> Conditioning:
@@ -97,14 +104,18 @@ class LatentDiffusionModule(TrainingModule):
         conditioning: Conditioning = conditioner(batch)
         if self.training and self.drop > 0:
             keep = keyed_uniform(self.seed, batch.n, "drop") >= self.drop
-            conditioning = conditioning.where(keep, conditioner.null(len(batch)))
+            conditioning = conditioning.where(keep, conditioner.null(conditioning))
         return conditioning
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         latents = self.latents(batch, "posterior")
         conditioning = self.condition(batch)
         noise = keyed_normal(self.seed, batch.n, "noise", latents.shape[1:]).to(latents)
-        position = self.time_distribution(keyed_uniform(self.seed, batch.n, "time"))
+        if self.offset_noise > 0:  # of one value a channel, so that brightness is learnt too
+            offset = keyed_normal(self.seed, batch.n, "offset", (latents.shape[1], 1, 1))
+            noise = noise + self.offset_noise * offset.to(latents)
+        u = keyed_uniform(self.seed, batch.n, "time")
+        position = self.time_distribution(self.noise_scheduler, u)
         losses = self.denoiser.loss(latents, noise, self.noise_scheduler.time_at(position), conditioning)
         self._record_by_level(losses, position, batch.weight)
         return (losses * batch.weight).mean()

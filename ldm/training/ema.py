@@ -1,22 +1,28 @@
 """Exponential moving average of the trainable parameters, in fp32, outside the module and outside DDP.
 
 Updated once per optimizer step. Warm-up: decay_k = min(decay, (1 + k) / (10 + k)) after k updates, as in the
-latent-diffusion line of work, so that the average forgets its random start.
+latent-diffusion line of work, so that the average forgets its random start. Beside it may go profiles whose
+span grows with the run, see ldm/checkpoints/posthoc.py: at step t their decay is (1 - 1/t)^(g + 1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoints.posthoc import exponent
+
 
 class EMA:
-    """`average` holds one fp32 tensor for each trainable parameter of `module`, on the parameter's device."""
+    """`average` holds one fp32 tensor for each trainable parameter of `module`, on the parameter's device.
 
-    def __init__(self, module: nn.Module, decay: float = 0.9999) -> None:
+    `profiles` holds as many again for each of `lengths`.
+    """
+
+    def __init__(self, module: nn.Module, decay: float = 0.9999, lengths: Sequence[float] = ()) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"ema decay={decay} must be in [0, 1)")
         self.decay = decay
@@ -26,6 +32,8 @@ class EMA:
         self.average = [
             p.detach().clone().to(torch.promote_types(p.dtype, torch.float32)) for p in named.values()
         ]
+        self.exponents = {length: exponent(length) for length in lengths}
+        self.profiles = {length: [a.clone() for a in self.average] for length in lengths}
 
     def decay_at(self, updates: int) -> float:
         """Decay of the update that follows `updates` earlier ones."""
@@ -33,9 +41,12 @@ class EMA:
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """average <- decay * average + (1 - decay) * parameter, all tensors in one foreach call."""
+        """average <- decay * average + (1 - decay) * parameter, all tensors of each in one foreach call."""
         current = [p.to(a.dtype) for p, a in zip(self.parameters, self.average, strict=True)]
         torch._foreach_lerp_(self.average, current, 1 - self.decay_at(updates))
+        for length, profile in self.profiles.items():
+            decay = (1 - 1 / (updates + 1)) ** (self.exponents[length] + 1)
+            torch._foreach_lerp_(profile, current, 1 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -49,14 +60,16 @@ class EMA:
             for p, data in zip(self.parameters, own, strict=True):
                 p.data = data
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.average, strict=True))
+    def state_dict(self, length: float | None = None) -> dict[str, Tensor]:
+        """The average by parameter name, or the profile of `length`."""
+        chosen = self.average if length is None else self.profiles[length]
+        return dict(zip(self.names, chosen, strict=True))
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], length: float | None = None) -> None:
         if set(state) != set(self.names):
             missing, extra = sorted(set(self.names) - set(state)), sorted(set(state) - set(self.names))
             raise ValueError(
                 f"EMA state has other names than the module: missing {missing[:3]}, extra {extra[:3]}"
             )
-        for name, a in zip(self.names, self.average, strict=True):
+        for name, a in self.state_dict(length).items():
             a.copy_(state[name])

@@ -5,6 +5,7 @@ Not a framework: `AutoencoderModule` and `LatentDiffusionModule` read on their o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,10 +13,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoints.posthoc import exponent
 from ldm.errors import InputError
 from ldm.random import keyed_bits
 from ldm.training.ema import EMA
-from ldm.training.optim import parameter_groups
+from ldm.training.optim import ParameterRule, parameter_groups
 from ldm.types import Batch
 
 LRSchedule = Callable[[int], float]  # optimizer step -> factor on the learning rate
@@ -38,15 +40,20 @@ class TrainingModule(pl.LightningModule):
         lr_schedule: LRSchedule,
         ema_decay: float,
         seed: int,
+        ema_lengths: Sequence[float] = (),
     ) -> None:
         super().__init__()
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay={ema_decay} must be in [0, 1)")
+        if len({exponent(length) for length in ema_lengths}) < len(ema_lengths):
+            raise ValueError(f"ema_lengths={list(ema_lengths)} has a length twice")
         self.make_optimizer, self.lr_schedule = optimizer, lr_schedule
-        self.ema_decay, self.seed = ema_decay, seed
+        self.ema_decay, self.ema_lengths, self.seed = ema_decay, tuple(ema_lengths), seed
         self.ema: EMA | None = None
         self.frozen: dict[str, nn.Module] = {}
         self.recorded: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (sum, count), on the device
+        self.parameter_rules: Sequence[ParameterRule] = ()
+        self.batch_ended = 0.0  # time.perf_counter() when the last batch was done with
 
     def keep_frozen(self, name: str, network: nn.Module) -> None:
         """Keep `network` beside the module: eval mode for good, no gradients."""
@@ -88,9 +95,10 @@ class TrainingModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Also starts the EMA: the weights are on their device, and no callback has loaded others yet."""
-        self.ema = EMA(self, self.ema_decay)
-        weight_decay = getattr(self.make_optimizer, "keywords", {}).get("weight_decay", 0.0)
-        return self.make_optimizer(parameter_groups(self, weight_decay))
+        self.ema = EMA(self, self.ema_decay, self.ema_lengths)
+        given = getattr(self.make_optimizer, "keywords", {})
+        decay, lr = given.get("weight_decay", 0.0), given.get("lr")
+        return self.make_optimizer(parameter_groups(self, decay, self.parameter_rules, lr))
 
     def on_fit_start(self) -> None:
         """Take two habits off Lightning: each step, its ranks would wait for the device to learn of signals
@@ -106,6 +114,9 @@ class TrainingModule(pl.LightningModule):
         place = trainer.global_step * micro + batch_idx % micro
         key = torch.tensor([place * trainer.world_size + trainer.global_rank])
         torch.manual_seed(int(keyed_bits(self.seed, key, "layers", 1)))
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.batch_ended = time.perf_counter()  # after all callbacks: from here on the loop waits for data
 
     def configure_gradient_clipping(
         self,
@@ -123,7 +134,8 @@ class TrainingModule(pl.LightningModule):
                 raise InputError(
                     "optimizer.fused", "true cannot clip fp16 gradients", "set it false, or use bf16-mixed"
                 )
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            self.record("train/grad_norm", norm)  # before clipping
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
@@ -135,14 +147,22 @@ class TrainingModule(pl.LightningModule):
             group["lr"] = group["base_lr"] * factor
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         assert self.ema is not None
-        self.ema.update(step)
+        own: Any = self.optimizers(use_pl_optimizer=False)
+        if hasattr(own, "average_into"):  # the optimizer knows the average of its own
+            own.average_into(dict(zip(self.ema.parameters, self.ema.average, strict=True)))
+        else:
+            self.ema.update(step)
 
     def extra_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """For the checkpoint, beside weights, EMA and optimizer: (tensors by file, a JSON document)."""
-        return {}, {}
+        assert self.ema is not None
+        return {f"ema-{length}": self.ema.state_dict(length) for length in self.ema_lengths}, {}
 
     def load_extra_state(self, load: Callable[[str], dict[str, Tensor]], document: dict[str, Any]) -> None:
         """Put back what `extra_state` gave; `load(file)` reads the tensors of one of its files."""
+        assert self.ema is not None
+        for length in self.ema_lengths:
+            self.ema.load_state_dict(load(f"ema-{length}"), length)
 
     def validation_terms(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Sums and counts, by name, that a pass over the validation data adds up."""

@@ -1,61 +1,18 @@
-"""Laws of conditioning over every YAML of the group, and what each text tower promises."""
+"""What each text tower promises beside the laws of test_laws.py."""
 
-import json
 import pickle
-import socket
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from ldm.conditioning.text import END, START, FrozenOpenCLIP, TextTransformer, Tokenizer
 from ldm.errors import InputError
 from ldm.types import Batch
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "conditioner"
-TINY = {  # every conditioner's YAML made small; a new YAML without an entry here fails the first test
-    "text_transformer": {"width": 32, "layers": 2, "heads": 2, "context_length": 12, "pooled_dim": 8},
-    "open_clip": {
-        "model": "tiny",
-        "pretrained": "random",
-        "context_length": 12,
-        "pooled": True,
-        "context_dim": 16,
-    },
-}
 CAPTIONS = ["a red apple on a blue background", "", "two cats"]
-
-
-@pytest.fixture(autouse=True)
-def tiny(tmp_path_factory):
-    """A small model under open_clip's name `tiny`, and `foreign`, whose text tower is not CLIP's."""
-    folder = tmp_path_factory.mktemp("models")
-    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 3}
-    config = {
-        "embed_dim": 8,
-        "quick_gelu": True,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": text,
-    }
-    (folder / "tiny.json").write_text(json.dumps(config))
-    (folder / "foreign.json").write_text(json.dumps({**config, "text_cfg": {**text, "no_causal_mask": True}}))
-    open_clip.add_model_config(folder)
-    yield
-    for name in ("tiny", "foreign"):
-        open_clip.factory._MODEL_CONFIGS.pop(name)
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError("no network in tests")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 def batch(captions=None, tokens=None):
@@ -67,52 +24,16 @@ def frozen(**options):
     return FrozenOpenCLIP(**{"model": "tiny", "pretrained": "random", **options})
 
 
-def rows(conditioning, index):
-    return [value[index] for value in (conditioning.context, conditioning.pooled)]
+@pytest.fixture(params=["text_transformer", "open_clip"])
+def conditioner(request, build_tiny):
+    return build_tiny(request.param)
 
 
-@pytest.fixture(params=sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-def conditioner(request):
-    torch.manual_seed(0)
-    return instantiate(
-        OmegaConf.merge(OmegaConf.load(CONFIGS / f"{request.param}.yaml"), TINY[request.param])
-    )
-
-
-def test_shapes(conditioner):
+def test_context_says_something(conditioner):
     out = conditioner(batch(CAPTIONS))
     assert out.context.shape == (3, 12, conditioner.context_dim)
-    assert out.pooled.shape == (3, conditioner.pooled_dim)
     assert out.context.std() > 0.1
     assert out.pooled.std() > 0.01
-
-
-def test_null_is_the_empty_caption(conditioner):
-    for null, empty in zip(rows(conditioner.null(2), 1), rows(conditioner(batch(CAPTIONS)), 1), strict=True):
-        torch.testing.assert_close(null, empty)
-
-
-def test_drop_replaces_rows_by_null(conditioner):
-    given, null = conditioner(batch(CAPTIONS)), conditioner.null(3)
-    dropped = given.where(torch.tensor([True, False, False]), null)
-    for i, source in enumerate([given, null, null]):
-        for mine, theirs in zip(rows(dropped, i), rows(source, i), strict=True):
-            assert torch.equal(mine, theirs)
-
-
-def test_concat_is_rowwise(conditioner):
-    given, null = conditioner(batch(CAPTIONS)), conditioner.null(3)
-    both = null.cat(given)
-    assert len(both.context) == len(both.pooled) == 6
-    assert torch.equal(both.context[4], given.context[1])
-    assert torch.equal(both.pooled[2], null.pooled[2])
-
-
-def test_rows_do_not_see_each_other(conditioner):
-    together = conditioner(batch(CAPTIONS))
-    for i, caption in enumerate(CAPTIONS):
-        for alone, row in zip(rows(conditioner(batch([caption])), 0), rows(together, i), strict=True):
-            torch.testing.assert_close(alone, row, rtol=1e-4, atol=1e-5)
 
 
 def test_later_tokens_do_not_change_earlier_context(conditioner):

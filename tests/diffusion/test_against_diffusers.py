@@ -9,7 +9,8 @@ import torch
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.noise_scheduler import VariancePreserving
-from ldm.diffusion.samplers import ddim, dpmpp_2m, heun
+from ldm.diffusion.samplers import ddim, dpmpp_2m, heun, plms, unipc
+from ldm.types import GridRow
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # theirs, under numpy 2
 
@@ -79,10 +80,10 @@ def run_peer(peer, lab, x, num_steps, **options):
     return x
 
 
-def drawn(seed, num_steps):
+def drawn(seed, num_steps, dtype=torch.float64):
     """The numbers that a diffusers step draws from a generator, one after the other."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(num_steps)]
+    return [torch.randn(SHAPE, generator=generator, dtype=dtype).double() for _ in range(num_steps)]
 
 
 def ours(lab, process, grid, solve, x, noise):
@@ -172,3 +173,62 @@ def test_dpmpp_2m(lab, prediction_type, num_steps):
     x = lab.gaussian(SHAPE, 1)
     expected = run_peer(peer, lab, x, num_steps)
     assert_agree(ours(lab, process, process.grid(num_steps, "trailing"), dpmpp_2m, x, lab.no_noise), expected)
+
+
+@pytest.mark.parametrize("num_steps", [3, 20])
+@pytest.mark.parametrize("prediction_type", [*PREDICTIONS, "sample"])
+def test_dpmpp_2m_sde(lab, prediction_type, num_steps):
+    peer = diffusers.DPMSolverMultistepScheduler(
+        **SD,
+        prediction_type=prediction_type,
+        timestep_spacing="trailing",
+        algorithm_type="sde-dpmsolver++",
+    )
+    process = VariancePreserving(prediction_type=prediction_type)
+    x = lab.gaussian(SHAPE, 1)
+    expected = run_peer(peer, lab, x, num_steps, generator=torch.Generator().manual_seed(8))
+    noise = drawn(8, num_steps, torch.float32).__getitem__
+    grid, solve = process.grid(num_steps, "trailing"), partial(dpmpp_2m, eta=1.0)
+    assert_agree(ours(lab, process, grid, solve, x, noise), expected)
+
+
+@pytest.mark.parametrize("num_steps", [3, 20])
+@pytest.mark.parametrize("prediction_type", [*PREDICTIONS, "sample"])
+def test_unipc(lab, prediction_type, num_steps):
+    peer = diffusers.UniPCMultistepScheduler(
+        **SD, prediction_type=prediction_type, timestep_spacing="trailing"
+    )
+    assert (peer.config.solver_order, peer.config.solver_type) == (2, "bh2")
+    process = VariancePreserving(prediction_type=prediction_type)
+    x = lab.gaussian(SHAPE, 1)
+    expected = run_peer(peer, lab, x, num_steps)
+    assert_agree(ours(lab, process, process.grid(num_steps, "trailing"), unipc, x, lab.no_noise), expected)
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_unipc_of_other_orders(lab, order):
+    """Down to the table's first index, for theirs lowers the order before sigma = 0 and ours does not."""
+    peer = diffusers.UniPCMultistepScheduler(
+        **SD,
+        timestep_spacing="trailing",
+        solver_order=order,
+        lower_order_final=False,
+        final_sigmas_type="sigma_min",
+    )
+    process = VariancePreserving()
+    t = torch.zeros(1, dtype=torch.float64)
+    end = GridRow(0.0, process.alpha(t).item(), process.sigma(t).item())
+    grid = [*process.grid(20, "trailing")[:-1], end]
+    x = lab.gaussian(SHAPE, 1)
+    expected = run_peer(peer, lab, x, 20)
+    assert_agree(ours(lab, process, grid, partial(unipc, order=order), x, lab.no_noise), expected)
+
+
+@pytest.mark.parametrize("num_steps", [2, 4, 20])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_plms(lab, spacing, num_steps):
+    peer = diffusers.PNDMScheduler(**SD, skip_prk_steps=True, set_alpha_to_one=True, timestep_spacing=spacing)
+    process = VariancePreserving()
+    x = lab.gaussian(SHAPE, 1)
+    expected = run_peer(peer, lab, x, num_steps)
+    assert_agree(ours(lab, process, process.grid(num_steps, spacing), plms, x, lab.no_noise), expected)

@@ -1,7 +1,19 @@
+import math
+
 import pytest
 import torch
 
-from ldm.diffusion.denoiser import Denoiser, LogitNormal, MinSNR, Simple, Uniform, Unweighted
+from ldm.diffusion.denoiser import (
+    P2,
+    Debiased,
+    Denoiser,
+    LogitNormal,
+    LogNormal,
+    MinSNR,
+    Simple,
+    Uniform,
+    Unweighted,
+)
 from ldm.diffusion.noise_scheduler import EDM, RectifiedFlow, VariancePreserving
 from ldm.types import GridRow
 
@@ -124,6 +136,64 @@ def test_simple_is_the_noise_error_and_unweighted_is_one(noise_scheduler):
         torch.testing.assert_close(Simple()(noise_scheduler, t), torch.ones_like(t))
 
 
+def table_of_weights(case, alpha, sigma):
+    """w_F of every weighting, derived by hand; SNR = r^2, r = alpha / sigma; gamma 5, k 1, no floor."""
+    r = alpha / sigma
+    capped, p2 = (r**2).clamp(max=5), 1 / (1 + r**2)
+    one = torch.ones_like(alpha)
+    if case == "epsilon":  # F = noise; an error e of it is one of -e / r of the clean estimate
+        return {"Simple": one, "MinSNR": capped / r**2, "P2": p2, "Debiased": 1 / r}
+    if case == "v_prediction":  # clean = alpha x - sigma F, noise = sigma x + alpha F
+        clean, noise = sigma**2, alpha**2
+    elif case == "flow":  # alpha = 1 - t, sigma = t: clean = x - t F, noise = x + (1 - t) F
+        clean, noise = sigma**2, (1 - sigma) ** 2
+    else:  # of a velocity on the circle: clean = (x - sigma F) / (alpha + sigma), noise = (x + alpha F) / ..
+        clean, noise = sigma**2 / (alpha + sigma) ** 2, alpha**2 / (alpha + sigma) ** 2
+    return {"Simple": noise, "MinSNR": capped * clean, "P2": p2 * noise, "Debiased": noise / r}
+
+
+@pytest.mark.parametrize(
+    ("case", "process"),
+    [
+        ("epsilon", VariancePreserving()),
+        ("v_prediction", VariancePreserving(prediction_type="v_prediction")),
+        ("flow", RectifiedFlow()),
+        ("flow on the circle", VariancePreserving(prediction_type="flow")),
+    ],
+)
+def test_weightings_are_those_derived_by_hand(case, process):
+    t = process.time_at((torch.arange(40, dtype=torch.float64) + 0.5) / 40)
+    weightings = [Simple(), MinSNR(5.0, floor=0.0), P2(), Debiased()]
+    actual = {type(weighting).__name__: weighting(process, t) for weighting in weightings}
+    torch.testing.assert_close(
+        actual, table_of_weights(case, process.alpha(t), process.sigma(t)), rtol=1e-9, atol=0
+    )
+    if case == "flow":  # in t alone
+        torch.testing.assert_close(actual["P2"], (t * (1 - t)) ** 2 / (t**2 + (1 - t) ** 2))
+        torch.testing.assert_close(actual["Debiased"], t * (1 - t))
+        torch.testing.assert_close(
+            actual["MinSNR"], torch.where(1 - t < 5**0.5 * t, (1 - t) ** 2, 5 * t**2), rtol=1e-9, atol=0
+        )
+
+
+def test_p2_follows_its_two_constants():
+    vp = VariancePreserving()
+    t = torch.arange(0, 1000, 50, dtype=torch.float64)
+    snr = (vp.alpha(t) / vp.sigma(t)) ** 2
+    torch.testing.assert_close(P2(gamma=0.5, k=3.0)(vp, t), 1 / (3 + snr).sqrt())
+    torch.testing.assert_close(P2(gamma=0.0)(vp, t), Simple()(vp, t))
+
+
+def test_weights_are_finite_everywhere_and_min_snr_above_0(noise_scheduler):
+    ends = torch.tensor([2.0**-24, 0.3, 0.9, 1 - 2.0**-24])
+    for t in (noise_scheduler.time_at(ends), noise_scheduler.time_at(ends.double())):
+        for weighting in (Simple(), Unweighted(), MinSNR(), P2(), Debiased()):
+            weight = weighting(noise_scheduler, t)
+            assert weight.isfinite().all()
+            assert (weight > 0).all() or (noise_scheduler.first.alpha == 0 and (weight[:-1] > 0).all())
+        assert (MinSNR()(noise_scheduler, t) > 0).all()
+
+
 def test_unweighted_edm_is_the_weight_of_the_paper():
     """w_clean = (sigma^2 + sd^2) / (sigma sd)^2, in output space 1."""
     edm = EDM(sigma_data=0.5)
@@ -135,21 +205,47 @@ def test_unweighted_edm_is_the_weight_of_the_paper():
 
 def test_logit_normal_times_have_normal_logits():
     u = (torch.arange(100_001, dtype=torch.float64) + 0.5) / 100_001
-    position = LogitNormal(mean=0.5, std=1.5)(u)
+    position = LogitNormal(mean=0.5, std=1.5)(RectifiedFlow(), u)
     logit = torch.logit(position)
     assert logit.mean().item() == pytest.approx(0.5, abs=1e-4)
     assert logit.std().item() == pytest.approx(1.5, rel=1e-3)
     assert (position.diff() > 0).all()
-    torch.testing.assert_close(Uniform()(u), u)
+    torch.testing.assert_close(Uniform()(RectifiedFlow(), u), u)
+
+
+def test_log_normal_times_have_normal_levels_on_every_process(noise_scheduler):
+    u = (torch.arange(10_001, dtype=torch.float64) + 0.5) / 10_001
+    t = noise_scheduler.time_at(LogNormal()(noise_scheduler, u))
+    level = noise_scheduler.log_snr(t) / -2
+    expected = -1.2 + math.log(2) + 1.2 * torch.special.ndtri(u)
+    if isinstance(noise_scheduler, VariancePreserving):  # the nearest index of those there are
+        assert (t == t.round()).all()
+        exact = noise_scheduler.time_of(-2 * expected)
+        assert (t - exact).abs().max() <= 0.5 + 1e-9
+        assert level.median().item() == pytest.approx(-1.2 + math.log(2), abs=0.01)
+    else:
+        torch.testing.assert_close(level, expected, rtol=1e-9, atol=1e-9)
+    other = noise_scheduler.time_at(LogNormal(mean=1.0, std=0.01)(noise_scheduler, u))
+    assert noise_scheduler.sigma(other).div(noise_scheduler.alpha(other)).log().mean() == pytest.approx(
+        1.0, abs=0.01
+    )
 
 
 def test_logit_normal_times_stay_inside():
-    position = LogitNormal()(torch.tensor([2.0**-24, 1 - 2.0**-24]))
+    position = LogitNormal()(RectifiedFlow(), torch.tensor([2.0**-24, 1 - 2.0**-24]))
     assert 0 < position[0] < position[1] < 1
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: MinSNR(gamma=0), lambda: MinSNR(floor=-1), lambda: LogitNormal(std=0)]
+    "make",
+    [
+        lambda: MinSNR(gamma=0),
+        lambda: MinSNR(floor=-1),
+        lambda: P2(gamma=-1),
+        lambda: P2(k=0),
+        lambda: LogitNormal(std=0),
+        lambda: LogNormal(std=0),
+    ],
 )
 def test_nonsense_is_refused(make):
     with pytest.raises(ValueError, match="is not above 0"):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -81,9 +83,28 @@ def test_rescale_of_a_network_that_says_zero_is_finite(lab):
     assert guided(denoiser, null, null, 5.0, rescale=0.7)(x, row).isfinite().all()
 
 
+def test_outside_its_interval_the_conditional_network_is_asked_alone(lab, setting, noise_scheduler):
+    denoiser, conditioning, null, x, _ = setting
+    grid = noise_scheduler.grid(6, "log_snr")[:-1]
+    ratios = [row.sigma / row.alpha if row.alpha > 0 else math.inf for row in grid]
+    low, high = ratios[4], ratios[2]
+    denoise = guided(denoiser, conditioning, null, 3.0, interval=(low, high))
+    everywhere = guided(denoiser, conditioning, null, 3.0)
+    for row, ratio in zip(grid, ratios, strict=True):
+        denoiser.backbone.rows.clear()
+        actual, inside = denoise(x, row), low < ratio <= high
+        assert denoiser.backbone.rows == [2 * BATCH if inside else BATCH]
+        expected = everywhere(x, row) if inside else denoiser.at_row(x, row, conditioning)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert [low < ratio <= high for ratio in ratios] == [False, False, True, True, False, False]
+
+
 def test_what_cannot_be_done_is_refused(setting):
     denoiser, conditioning, null, *_ = setting
     with pytest.raises(ValueError, match="scale=2.0 needs a null conditioning"):
         guided(denoiser, conditioning, None, 2.0)
     with pytest.raises(ValueError, match="rescale=1.5 is not within 0 and 1"):
         guided(denoiser, conditioning, null, 2.0, rescale=1.5)
+    for interval in ((2.0, 1.0), (-1.0, 1.0), (1.0, 1.0)):
+        with pytest.raises(ValueError, match="interval=.* is not 0 <= low < high"):
+            guided(denoiser, conditioning, null, 2.0, interval=interval)

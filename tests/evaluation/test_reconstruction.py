@@ -12,6 +12,7 @@ from ldm.evaluation.reconstruction import (
     reconstruct,
     score_reconstructions,
     squared_errors,
+    ssim,
 )
 
 
@@ -55,6 +56,32 @@ def test_edge_energy_closed_form_and_blur():
         nn.functional.avg_pool2d(sharp.float(), 3, 1, 1, count_include_pad=False).round().to(torch.uint8)
     )
     assert score_reconstructions(sharp, blurred).edge_energy < 0.3
+
+
+def test_ssim_of_plain_pictures_is_their_luminance_term():
+    x, y = (torch.full((1, 3, 12, 13), level) for level in (51, 204))
+    expected = (2 * 0.2 * 0.8 + 0.01**2) / (0.2**2 + 0.8**2 + 0.01**2)
+    assert ssim(x, y).item() == pytest.approx(expected, rel=1e-6)
+    assert ssim(images(), images()).tolist() == pytest.approx([1] * 4)
+    with pytest.raises(ValueError, match=r"pictures of \(10, 16\) pixels, the window has 11"):
+        ssim(torch.zeros(1, 3, 10, 16), torch.zeros(1, 3, 10, 16))
+
+
+@pytest.mark.parametrize("noise", [3, 60])
+def test_ssim_is_that_of_torchmetrics(noise):
+    torchmetrics = pytest.importorskip("torchmetrics.functional.image")
+    x = images(3, 33)[..., :20]
+    generator = torch.Generator().manual_seed(1)
+    y = (x + noise * torch.randn(x.shape, generator=generator)).clamp(0, 255)
+    ours = ssim(x, y)
+    _, theirs = torchmetrics.structural_similarity_index_measure(
+        y.double(), x.double(), sigma=1.5, data_range=255.0, reduction="none", return_full_image=True
+    )
+    inside = theirs[
+        ..., 5:-5, 5:-5
+    ]  # it reflects at the border; here as in the paper only whole windows count
+    torch.testing.assert_close(ours, inside.flatten(1).mean(1).float())
+    assert ours.max() < 0.9999
 
 
 class Halves(nn.Module):

@@ -48,14 +48,15 @@ def test_the_log_of_a_run(stage, recipe, tmp_path):
     assert train.command(recipe(stage, "run")) == 0
     rows = table(tmp_path / "run")
     names = {name for _, name, _ in rows}
-    expected = {"train/loss", "train/lr", "perf/images_per_sec"}
+    expected = {"train/loss", "train/lr", "perf/images_per_sec", "perf/data_wait_percent"}
+    expected |= {f"train/{name}_norm" for name in ("grad", "param", "update")}
     if stage == 1:
-        assert names == expected | {"train/l1", "train/kl", "validation/psnr"}
+        assert names == expected | {"train/l1", "train/kl", "validation/psnr", "validation/ssim"}
     else:
         levels = {f"train/loss_t{k}" for k in range(4)}
         assert expected | {"validation/loss"} < names <= expected | levels | {"validation/loss"}
     assert [step for step, name, _ in rows if name == "train/loss"] == [2, 4, 6]
-    assert [step for step, name, _ in rows if name.startswith("validation/")] == [4]
+    assert {step for step, name, _ in rows if name.startswith("validation/")} == {4}
     assert [value for _, name, value in rows if name == "train/lr"] == pytest.approx([2e-3 / 3, 1e-3, 1e-3])
     assert all(value > 0 for _, name, value in rows if name == "perf/images_per_sec")
     assert len(rows) == len(set(rows))
@@ -102,7 +103,7 @@ def test_validation_is_that_of_the_averaged_weights(stage, recipe, tmp_path):
         total, count = 0.0, 0.0
         for batch in build(cfg.data, tokenize=module.tokenizer).val_dataloader():
             with torch.no_grad():
-                ((name, (part, number)),) = module.validation_terms(batch).items()
+                name, (part, number) = next(iter(module.validation_terms(batch).items()))
             total, count = total + float(part), count + float(number)
         assert count == 8, "all that is held out"
         terms[weights] = total / count
@@ -142,7 +143,7 @@ def test_pictures_come_from_the_averaged_weights(sampled):
     assert sample() != first
 
 
-@pytest.mark.parametrize(("stage", "cells"), [(1, (4, 2)), (2, (2, 1))])
+@pytest.mark.parametrize(("stage", "cells"), [(1, (4, 3)), (2, (2, 1))])
 def test_sheets_of_pictures(stage, cells, recipe, tmp_path):
     argv = recipe(stage, "run", "trainer.max_steps=5")
     assert train.command([*argv, "callbacks.pictures.num_images=4"] if stage == 1 else argv) == 0

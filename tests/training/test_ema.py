@@ -35,6 +35,29 @@ def test_average_of_a_bf16_parameter_is_fp32_and_moves():
     assert 0 < moved.abs().max() < 0.01, "a bf16 average would round steps of a thousandth away"
 
 
+def test_further_lengths_leave_the_main_average_alone_and_forget_the_start():
+    module = nn.Linear(3, 2).double()
+    ema, alone = EMA(module, 0.5, [0.05, 0.1]), EMA(module, 0.5)
+    for k in range(5):
+        with torch.no_grad():
+            module.weight += 1.0
+        before = module.weight.detach().clone()
+        for one in (ema, alone):
+            one.update(k)
+        assert torch.equal(module.weight, before)
+        assert torch.equal(ema.state_dict()["weight"], alone.state_dict()["weight"])
+        if k == 0:
+            assert torch.equal(ema.state_dict(0.05)["weight"], before)
+    short, long = (before - ema.state_dict(length)["weight"] for length in (0.05, 0.1))
+    assert (short > 0).all()
+    assert (short < long).all()
+    other = EMA(module, 0.5, [0.05, 0.1])
+    other.load_state_dict({name: value.clone() for name, value in ema.state_dict(0.1).items()}, 0.1)
+    assert torch.equal(other.state_dict(0.1)["weight"], ema.state_dict(0.1)["weight"])
+    assert torch.equal(other.state_dict(0.05)["weight"], before)
+    assert torch.equal(other.state_dict()["weight"], before)
+
+
 def test_swapped_uses_the_average_and_gives_every_bit_back():
     module = nn.Sequential(nn.Linear(4, 4), nn.GroupNorm(2, 4))
     ema = EMA(module, 0.9)

@@ -11,6 +11,7 @@ from ldm.autoencoder.losses import ReconstructionLoss
 from ldm.checkpoints import native
 from ldm.diffusion.denoiser import LogitNormal, MinSNR, Simple, Uniform
 from ldm.diffusion.noise_scheduler import VariancePreserving
+from ldm.random import keyed_normal, keyed_uniform
 from ldm.training.autoencoder_module import AutoencoderModule
 from ldm.training.diffusion_module import VALIDATION_TIMES, LatentDiffusionModule
 from ldm.training.ema import EMA
@@ -103,7 +104,7 @@ def test_weight_zero_takes_a_sample_out_and_keeps_the_denominator(networks):
 def test_captions_are_dropped_to_null_at_the_stated_rate(drop, networks):
     module = diffusion(networks, drop=drop).train()
     batch = batch_of(0, 1000)
-    null = module.conditioner.null(1).context
+    null = module.conditioner.null(module.conditioner(batch_of(0, 1))).context
     dropped = (module.condition(batch).context == null).flatten(1).all(1).double().mean()
     assert dropped == pytest.approx(drop, abs=0.05)
     module.eval()
@@ -155,6 +156,24 @@ def test_cached_moments_give_the_loss_of_their_pictures(networks):
     moments = module.frozen["autoencoder"].moments(batch.image.double() / 127.5 - 1)
     cached = Batch(n=batch.n, weight=batch.weight, moments=moments, caption=batch.caption)
     torch.testing.assert_close(module.training_step(cached, 0), module.training_step(batch, 0))
+
+
+def test_offset_noise_is_in_training_alone_and_in_state_and_target_alike(networks):
+    plain, module = diffusion(networks, torch.float64), diffusion(networks, torch.float64, offset_noise=0.3)
+    batch = batch_of(0, 6)
+    latents = module.latents(batch, "posterior")
+    noise = keyed_normal(3, batch.n, "noise", latents.shape[1:]).to(latents)
+    offset = keyed_normal(3, batch.n, "offset", (latents.shape[1], 1, 1)).to(latents)
+    time = module.noise_scheduler.time_at(keyed_uniform(3, batch.n, "time"))
+    conditioning = module.condition(batch)
+    expected = module.denoiser.loss(latents, noise + 0.3 * offset, time, conditioning).mean()
+    torch.testing.assert_close(module.training_step(batch, 0), expected)
+    assert (module.training_step(batch, 0) / plain.training_step(batch, 0) - 1).abs() > 0.01
+    for each in (plain, module):
+        each.eval()
+    assert torch.equal(*(each.validation_terms(batch)["validation/loss"][0] for each in (plain, module)))
+    with pytest.raises(ValueError, match="offset_noise=-0.1 is below 0"):
+        diffusion(networks, offset_noise=-0.1)
 
 
 def test_measured_latents_have_unit_variance(networks):

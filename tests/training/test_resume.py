@@ -68,13 +68,14 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
 
 def test_accumulation_changes_nothing_but_rounding(recipe, rows, tmp_path):
     """The global batch is one thing, how many micro-batches compute it another."""
-    assert train.command(recipe(2, "one", "trainer.precision=64-true")) == 0
-    two = ["trainer.precision=64-true", "trainer.accumulate_grad_batches=2"]
-    assert train.command(recipe(2, "two", *two)) == 0
-    one, two = (native.load_tensors(native.resolve(tmp_path / name), "model") for name in ("one", "two"))
-    for name, value in one.items():
-        assert value.dtype == torch.float64
-        torch.testing.assert_close(two[name], value, rtol=1e-9, atol=1e-12)
+    one = ["trainer.precision=64-true", "module.ema_lengths=[0.1]"]
+    assert train.command(recipe(2, "one", *one)) == 0
+    assert train.command(recipe(2, "two", *one, "trainer.accumulate_grad_batches=2")) == 0
+    for kind in ("model", "ema", "ema-0.1"):
+        one, two = (native.load_tensors(native.resolve(tmp_path / name), kind) for name in ("one", "two"))
+        for name, value in one.items():
+            assert value.dtype == torch.float64
+            torch.testing.assert_close(two[name], value, rtol=1e-9, atol=1e-12)
     assert state(tmp_path / "one")["step"] == state(tmp_path / "two")["step"] == 7
     steps = [row[0] for row in rows(tmp_path / "two") if row[1] == "train/loss"]
     assert steps == ["2", "4", "6"], "a row an optimizer step, not a micro-batch"

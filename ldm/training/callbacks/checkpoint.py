@@ -152,7 +152,7 @@ class Checkpoints(StepCallback):
             scaler.load_state_dict(state["scaler"])
         if hasattr(module, "latents_measured"):
             ends = state["step"] >= trainer.max_steps  # else the weights move on from what was measured
-            module.latents_measured = state.get("latents_measured", 0) if ends else 0
+            cast(Any, module).latents_measured = state.get("latents_measured", 0) if ends else 0
         self._origin = (state["step"], state["images"])
         restore_optimizer(
             trainer.optimizers[0],

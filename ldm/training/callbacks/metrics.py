@@ -1,6 +1,8 @@
 """The log of a run: one row of metrics.csv every so many optimizer steps.
 
 The numbers are summed on the device and read here, once per row: no other step waits for the device.
+Beside what the modules record: norms of the parameters and of the optimizer's step, images a second, and
+how much of the time went into waiting for data.
 """
 
 from __future__ import annotations
@@ -8,29 +10,53 @@ from __future__ import annotations
 import csv
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import lightning.pytorch as pl
+import torch
+from PIL import Image
+from torch import Tensor
 
 from ldm.training.callbacks.base import StepCallback
 from ldm.training.module import TrainingModule
 
 
-class MetricsLog(StepCallback):
-    """Rows are long-form (step, name, value), so that resuming and new names never break the file."""
+@dataclass(frozen=True)
+class Picture:
+    """What was drawn for `prompt` from `seed`, for the loggers."""
 
-    def __init__(self, path: Path, every: int = 50) -> None:
+    prompt: str
+    seed: int
+    image: Image.Image
+
+
+class MetricsLog(StepCallback):
+    """Rows are long-form (step, name, value), so that resuming and new names never break the file.
+
+    `norms`: also those of the parameters and of the step; the rows' steps then keep a copy of the parameters.
+    """
+
+    def __init__(self, path: Path, every: int = 50, norms: bool = True) -> None:
         super().__init__(every)
-        self.path = path
+        self.path, self.norms = path, norms
         self.latest: dict[str, float] = {}
-        self._clock = (0.0, 0)
+        self.logged = 0  # newest step that the file had a row of before this process cut it back
+        self._row: dict[str, float] = {}
+        self._pictures: list[Picture] = []
+        self._clock, self._waited = (0.0, 0), 0.0  # (time, step) of the last row; seconds waited since
+        self._before: list[Tensor] = []  # the parameters before a step that is logged
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._clock = (time.perf_counter(), trainer.global_step)
+        self._clock, self._waited = (time.perf_counter(), trainer.global_step), 0.0
+        cast(TrainingModule, pl_module).batch_ended = self._clock[0]
         if trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             rows = self._read()
+            self.logged = max((int(row[0]) for row in rows), default=0)
             kept = [row for row in rows if int(row[0]) <= trainer.global_step]  # a killed run logged ahead
             new = self.path.with_name(f"{self.path.name}.new")
             with new.open("w", newline="") as file:
@@ -43,15 +69,38 @@ class MetricsLog(StepCallback):
         with self.path.open(newline="") as file:
             return [row for row in csv.reader(file) if len(row) == 3 and row[0].isdigit()]
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._waited += time.perf_counter() - cast(TrainingModule, pl_module).batch_ended
+
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self.norms and (trainer.global_step + 1) % self.every == 0:
+            self._before = [p.clone() for p in parameters_of(trainer.optimizers[0])]
+
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
         if step % self.every == 0:
+            if self._before:
+                self._record_norms(module, parameters_of(trainer.optimizers[0]))
             values = module.take_recorded()
             now = time.perf_counter()
+            seconds, steps = now - self._clock[0], step - self._clock[1]
             batch = getattr(trainer.datamodule, "global_batch_size", 0)  # type: ignore[attr-defined]
-            values["perf/images_per_sec"] = (step - self._clock[1]) * batch / (now - self._clock[0])
+            values["perf/images_per_sec"] = steps * batch / seconds
+            values["perf/data_wait_percent"] = 100 * self._waited / seconds
             values["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-            self._clock = (now, step)
+            self._clock, self._waited = (now, step), 0.0
             self.write(trainer, step, values)
+
+    @torch.no_grad()
+    def _record_norms(self, module: TrainingModule, parameters: list[Tensor]) -> None:
+        torch._foreach_sub_(self._before, parameters)
+        module.record("train/update_norm", torch.nn.utils.get_total_norm(self._before))
+        module.record("train/param_norm", torch.nn.utils.get_total_norm(parameters))
+        self._before = []
 
     def summary(self) -> str:
         """The newest validation figure in a few words, else the newest loss."""
@@ -64,8 +113,24 @@ class MetricsLog(StepCallback):
         return next((text.format(latest[name]) for name, text in shown.items() if name in latest), "")
 
     def write(self, trainer: pl.Trainer, step: int, values: dict[str, float]) -> None:
-        """Append `values` to the file, on rank 0."""
+        """Append `values` to the file, on rank 0, and keep them for the loggers until the step is over."""
         self.latest |= values
+        self._row |= values
         if trainer.is_global_zero:
             with self.path.open("a", newline="") as file:
                 csv.writer(file).writerows([step, name, f"{value:.7g}"] for name, value in values.items())
+
+    def show(self, pictures: Sequence[Picture]) -> None:
+        """Keep pictures of this step for the loggers."""
+        self._pictures += pictures
+
+    def take_row(self) -> tuple[dict[str, float], list[Picture]]:
+        """What was written and shown since the last call."""
+        row, pictures = self._row, self._pictures
+        self._row, self._pictures = {}, []
+        return row, pictures
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All that the optimizer steps."""
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from ldm.diffusion.guidance import guided
 from ldm.pictures import contact_sheet, to_pil, to_uint8
 from ldm.random import keyed_normal
 from ldm.training.callbacks.base import StepCallback
+from ldm.training.callbacks.metrics import MetricsLog, Picture
 from ldm.training.module import TrainingModule, to_unit
 from ldm.types import Batch, Sampler
+
+SEED = 0  # of the noise of all pictures of text
+ERROR_GAIN = 4  # of the errors that are shown; 1 would be the difference of the values themselves
 
 
 class TextPictures(StepCallback):
@@ -33,8 +38,10 @@ class TextPictures(StepCallback):
         spacing: str = "trailing",
         guidance_scale: float = 3.0,
         guidance_rescale: float = 0.0,
+        metrics: MetricsLog | None = None,
     ) -> None:
         super().__init__(every)
+        self.metrics = metrics
         self.folder, self.prompts, self.image_size = folder, list(prompts), image_size
         self.sampler, self.num_steps, self.spacing = sampler, num_steps, spacing
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
@@ -44,6 +51,9 @@ class TextPictures(StepCallback):
             self.folder.mkdir(parents=True, exist_ok=True)
             images = self.sample(trainer, module)
             contact_sheet(images, self.prompts).save(self.folder / f"step-{step:09d}.png")
+            if self.metrics is not None:
+                pairs = zip(self.prompts, images, strict=True)
+                self.metrics.show([Picture(prompt, SEED, image) for prompt, image in pairs])
 
     @torch.no_grad()
     def sample(self, trainer: pl.Trainer, module: Any) -> list[Image.Image]:
@@ -56,31 +66,39 @@ class TextPictures(StepCallback):
         grid = module.noise_scheduler.grid(self.num_steps, self.spacing)
 
         def noise(i: int) -> Tensor:
-            return keyed_normal(0, n, f"step-{i}", shape).to(module.dtype)
+            return keyed_normal(SEED, n, f"step-{i}", shape).to(module.dtype)
 
         training = module.training
         module.eval()
         with module.ema.swapped(), trainer.precision_plugin.forward_context():
-            batch = Batch(n=n, weight=torch.ones(len(n), device=module.device), caption=self.prompts)
+            size = torch.full((len(n), 2), self.image_size, device=module.device)
+            batch = Batch(n, torch.ones(len(n), device=module.device), caption=self.prompts)
+            batch = replace(batch, original_size=size, crop=torch.zeros_like(size), target_size=size)
+            conditioning = conditioner(batch)
             denoise = guided(
                 module.denoiser,
-                conditioner(batch),
-                conditioner.null(len(n)),
+                conditioning,
+                conditioner.null(conditioning),
                 self.guidance_scale,
                 self.guidance_rescale,
             )
-            x = keyed_normal(0, n, "noise", shape).to(module.dtype) * grid[0].sigma
+            x = keyed_normal(SEED, n, "noise", shape).to(module.dtype) * grid[0].sigma
             images = autoencoder.decode(self.sampler(denoise, x, grid, noise=noise))
         module.train(training)
         return to_pil(to_uint8(images))
 
 
 class ReconstructionPictures(StepCallback):
-    """Held-out pictures above their reconstructions into folder/step-000001200.png, from the EMA weights."""
+    """Held-out pictures, their reconstructions by the EMA weights and the absolute errors, one below another.
 
-    def __init__(self, folder: Path, every: int, num_images: int = 8) -> None:
+    Into folder/step-000001200.png; errors are amplified ERROR_GAIN times, black is none.
+    """
+
+    def __init__(
+        self, folder: Path, every: int, num_images: int = 8, metrics: MetricsLog | None = None
+    ) -> None:
         super().__init__(every)
-        self.folder, self.num_images = folder, num_images
+        self.folder, self.num_images, self.metrics = folder, num_images, metrics
 
     @torch.no_grad()
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
@@ -94,7 +112,15 @@ class ReconstructionPictures(StepCallback):
         images = to_unit(batch.image[: self.num_images].to(module.device), module.dtype)
         with module.ema.swapped(), trainer.precision_plugin.forward_context():
             decoded = autoencoder.decode(autoencoder.encode(images))
+        decoded = decoded.clamp(-1, 1)
+        error = (decoded - images).abs() * ERROR_GAIN - 1
+        rows = [to_pil(to_uint8(row)) for row in (images, decoded, error)]
+        prompts = list(batch.caption or [""] * len(images))[: len(images)]
+        captions = [[name] * len(images) for name in ("reconstruction", f"error x {ERROR_GAIN}")]
         self.folder.mkdir(parents=True, exist_ok=True)
-        captions = [*(batch.caption or [""] * len(images))[: len(images)], *["reconstruction"] * len(images)]
-        sheet = contact_sheet(to_pil(to_uint8(torch.cat([images, decoded]))), captions, columns=len(images))
+        sheet = contact_sheet(sum(rows, []), sum(captions, prompts), columns=len(images))
         sheet.save(self.folder / f"step-{step:09d}.png")
+        if self.metrics is not None:
+            columns = to_pil(to_uint8(torch.cat([images, decoded, error], dim=2)))
+            pairs = zip(prompts, columns, strict=True)
+            self.metrics.show([Picture(prompt, module.seed, column) for prompt, column in pairs])
