@@ -9,6 +9,7 @@ b batch, c latent channels, h w latent size, H W picture size.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
 import re
@@ -328,6 +329,7 @@ def load(
         tensors |= load_tensors(folder, "ema")
     elif length:
         tensors |= combine(folder, float(length), where=f"weights={weights}").tensors()
+    digest = load_document(folder, MANIFEST)["files"][used]["sha256"]
     present = [name for name in NETWORKS if config.get(name) is not None]
     networks = {name: restore(name, config, tensors, folder) for name in present}
     rest = {"noise_scheduler": build(config["noise_scheduler"])} if "backbone" in networks else {}
@@ -340,7 +342,7 @@ def load(
         device=device,
         dtype=dtype,
         name=f"{config.get('run_name') or folder.parent.name} {folder.name}",
-        digest="" if length else load_document(folder, MANIFEST)["files"][used]["sha256"],
+        digest=digest if not length else hashlib.sha256(f"{digest}:{length}".encode()).hexdigest(),
         weights=weights,
     )
 

@@ -147,8 +147,13 @@ class ConvAutoencoder(nn.Module):
         """z [b c h w] in float32 at least, by standard normal `noise` of that shape; None: the mode."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reconstruction [b 3 H W], and [b] terms of the loss; in training, shift and scale play no part."""
+    def forward(
+        self, images: Tensor, noise: Tensor | None = None, weight: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reconstruction [b 3 H W], and [b] terms of the loss; in training, shift and scale play no part.
+
+        `weight` [b]: 0 for pictures that must leave no trace in what is not trained by the loss.
+        """
         raise NotImplementedError
 
     def moments(self, images: Tensor) -> Tensor:

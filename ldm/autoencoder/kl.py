@@ -32,7 +32,9 @@ class AutoencoderKL(ConvAutoencoder):
 
     moments_per_latent = 2
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, images: Tensor, noise: Tensor | None = None, weight: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction [b 3 H W], and {"kl": nats an image [b]}."""
         moments = self.moments(images)
         return self._decode(self.sample(moments, noise)), {"kl": kl(moments)}

@@ -58,8 +58,11 @@ class VectorQuantizer(nn.Module):
         self.embedding = nn.Embedding(num_codes, dim)
         nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)
 
-    def forward(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """[b c h w] -> codes with z's gradient, and {"codebook", "usage", "perplexity"}, each [b]."""
+    def forward(self, z: Tensor, weight: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """[b c h w] -> codes with z's gradient, and {"codebook", "usage", "perplexity"}, each [b].
+
+        `weight` [b]: 0 for pictures that must not move the codebook; None: all count.
+        """
         indices = self.indices(z)
         codes = self.codes(indices)
         exact = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -67,11 +70,12 @@ class VectorQuantizer(nn.Module):
         terms = {"codebook": self.loss(codes, exact.detach(), commitment)}
         terms |= usage_terms(indices.flatten(), self.num_codes, len(z))
         if self.training and torch.is_grad_enabled():
-            self.update(exact.detach(), indices)
+            weight = exact.new_ones(len(z)) if weight is None else weight
+            self.update(exact.detach(), indices, weight)
         straight = codes.detach() + (exact - exact.detach())  # bit for bit the code
         return straight.to(z.dtype), terms
 
-    def update(self, z: Tensor, indices: Tensor) -> None:
+    def update(self, z: Tensor, indices: Tensor, weight: Tensor) -> None:
         """What a training step does beside the loss: here nothing, the optimizer moves the codes."""
 
     def loss(self, codes: Tensor, z: Tensor, commitment: Tensor) -> Tensor:
@@ -95,9 +99,10 @@ class EMAVectorQuantizer(VectorQuantizer):
     """Codebook of running means of the vectors that chose each code; trained by beta * commitment alone.
 
     Each forward pass in training mode (each micro-batch) moves the means by 1 - `decay`; the sums are over
-    all ranks, so the codebooks stay equal. The first batch places all codes. A code chosen less often than
-    `restart` times the average takes the place of a vector of the batch, drawn by its number and the number
-    of updates before (0: never). VQ-VAE, appendix A.1; restarts as in Jukebox (Dhariwal et al. 2020).
+    all ranks, so the codebooks stay equal. A code chosen less often than `restart` times the average takes
+    the place of a vector of the batch, drawn by its number and the number of updates before (0: never); the
+    first batch so places all codes. Restarts depend on how a batch is dealt to ranks. VQ-VAE, appendix A.1;
+    restarts as in Jukebox (Dhariwal et al. 2020).
     """
 
     counts: Tensor  # float32 [k], running mean of the choices a batch
@@ -121,9 +126,13 @@ class EMAVectorQuantizer(VectorQuantizer):
         return self.beta * commitment
 
     @torch.no_grad()
-    def update(self, z: Tensor, indices: Tensor) -> None:
-        """One step of the means, by z [b c h w] and its codes [b h w]; never asks the device for a value."""
+    def update(self, z: Tensor, indices: Tensor, weight: Tensor) -> None:
+        """One step of the means, by z [b c h w], its codes [b h w] and the pictures' weights [b].
+
+        Never asks the device for a value.
+        """
         k = self.num_codes
+        counted = (weight > 0).to(self.sums).repeat_interleave(indices[0].numel())[:, None]
         vectors = z.permute(0, 2, 3, 1).flatten(0, 2).to(self.sums)
         world, rank = 1, 0
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -131,18 +140,19 @@ class EMAVectorQuantizer(VectorQuantizer):
             world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         code = torch.arange(k, device=z.device)
         draw = (keyed_uniform(k, self.updates * k + code, "restart") * len(vectors)).long()
-        offered = vectors[draw.clamp_max(len(vectors) - 1)] * (code % world == rank)[:, None]
-        facts = vectors.new_zeros(k, 1 + self.dim)  # choices, sum of vectors
-        facts.index_add_(0, indices.flatten(), torch.cat([torch.ones_like(vectors[:, :1]), vectors], 1))
+        rows = torch.cat([counted, vectors * counted], 1)  # whether it counts, and the vector
+        facts = rows.new_zeros(k, 1 + self.dim)  # choices, sum of vectors
+        facts.index_add_(0, indices.flatten(), rows)
+        offered = rows[draw.clamp_max(len(rows) - 1)] * (code % world == rank)[:, None]
         facts = torch.cat([facts, offered], 1)
         if distributed:
             torch.distributed.all_reduce(facts)
-        chosen, sums, offered = facts.split([1, self.dim, self.dim], 1)
+        chosen, sums, usable, offered = facts.split([1, self.dim, 1, self.dim], 1)
         self.counts.lerp_(chosen[:, 0], 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         if self.restart:
             average = chosen.sum() / k
-            dead = (self.counts < self.restart * average) | (self.updates == 0)
+            dead = ((self.counts < self.restart * average) | (self.updates == 0)) & (usable[:, 0] > 0)
             self.counts.copy_(torch.where(dead, average, self.counts))
             self.sums.copy_(torch.where(dead[:, None], offered * average, self.sums))
         total = self.counts.sum()
@@ -165,9 +175,11 @@ class AutoencoderVQ(ConvAutoencoder):
         super().__init__(latent_channels=latent_channels, **options)
         self.quantize = quantizer(dim=latent_channels)
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, images: Tensor, noise: Tensor | None = None, weight: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction [b 3 H W], and the quantizer's terms; there is nothing to sample with `noise`."""
-        codes, terms = self.quantize(self.sample(self.moments(images), noise))
+        codes, terms = self.quantize(self.sample(self.moments(images), noise), weight)
         return self._decode(codes), terms
 
     def sample(self, moments: Tensor, noise: Tensor | None) -> Tensor:

@@ -172,9 +172,8 @@ class Scanner:
             text = self.read(caption).decode("utf-8").strip()
         except UnicodeDecodeError:
             raise Rejected("bad_caption") from None
-        facts = read_meta(self.read(meta)) if meta else {}
-        if label is not None:
-            facts["label"] = read_label(self.read(label))
+        facts = {} if label is None else {"label": read_label(self.read(label))}  # first: columns are limited
+        facts = {**facts, **(read_meta(self.read(meta)) if meta else {}), **facts}
         for name, value in numbers(facts).items():
             if name in self.scores or len(self.scores) < MAX_COLUMNS:
                 self.scores.setdefault(name, {})[len(self.rows)] = value

@@ -20,11 +20,11 @@ from ldm.types import GridRow
 def _betas(schedule: str, steps: int, start: float, end: float) -> Tensor:
     """Noise added at each step of the chain, float64."""
     if schedule == "linear":  # 2006.11239
-        return torch.linspace(start, end, steps, dtype=torch.float64)
+        return torch.linspace(start, end, steps, dtype=torch.float64, device="cpu")
     if schedule == "scaled_linear":  # linear in the root: latent diffusion
-        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64, device="cpu") ** 2
     if schedule == "cosine":  # equation 17 of 2102.09672, betas at most 0.999
-        edge = torch.arange(steps + 1, dtype=torch.float64) / steps
+        edge = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
         alpha_bar = torch.cos((edge + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
     raise ValueError(f"schedule={schedule} is none of linear, scaled_linear, cosine")

@@ -62,6 +62,9 @@ class AdversarialAutoencoderModule(AutoencoderModule):
         return self
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.adaptive and not self.autoencoder.decoder.conv_out.weight.requires_grad:
+            what = "freezes decoder.conv_out, where the adaptive weight is measured"
+            raise InputError("parameter_groups", what, "add module.adaptive=false")
         self.discriminator_optimizer = self.make_discriminator_optimizer(self.discriminator.parameters())
         return super().configure_optimizers()
 

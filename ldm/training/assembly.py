@@ -59,7 +59,7 @@ def build_module(cfg: Mapping[str, Any], device: str | None = None) -> TrainingM
     torch.manual_seed(cfg["seed"])  # initial weights; all later random numbers are keyed
     parts: dict[str, Any] = {}
     for name in NETWORKS:
-        with torch.device(device) if device and name != "noise_scheduler" else nullcontext():
+        with torch.device(device) if device else nullcontext():
             parts |= {name: build(cfg[name])} if cfg.get(name) is not None else {}
     parts |= {"optimizer": build(cfg["optimizer"]), "lr_schedule": build(cfg["lr_schedule"])}
     module: TrainingModule = build(cfg["module"], **parts)
@@ -70,7 +70,10 @@ def build_module(cfg: Mapping[str, Any], device: str | None = None) -> TrainingM
 
 def checkpoint_bytes(module: TrainingModule) -> int:
     """About what a checkpoint takes on disk: the weights, their averages, and two moments, each float32."""
-    return 4 * (4 + len(module.ema_lengths)) * sum(p.numel() for p in module.parameters() if p.requires_grad)
+    judge: Any = getattr(module, "discriminator", None)
+    beside = 3 * sum(p.numel() for p in judge.parameters()) if judge is not None else 0
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return 4 * ((4 + len(module.ema_lengths)) * trained + beside)
 
 
 def load_frozen(module: TrainingModule, name: str, source: str | None) -> dict[str, Tensor]:

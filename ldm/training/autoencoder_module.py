@@ -52,7 +52,7 @@ class AutoencoderModule(TrainingModule):
         images = to_unit(batch.image, self.dtype)
         side = [size // self.autoencoder.factor for size in images.shape[2:]]
         noise = keyed_normal(self.seed, batch.n, "posterior", (self.autoencoder.latent_channels, *side))
-        reconstruction, terms = self.autoencoder(images, noise.to(images))
+        reconstruction, terms = self.autoencoder(images, noise.to(images), batch.weight)
         losses, means = self.loss(reconstruction, images, terms, self.frozen.get("perceptual"))
         for name, value in means.items():
             self.record(f"train/{name}", value)  # a mean over the batch, damaged samples included
@@ -66,7 +66,7 @@ class AutoencoderModule(TrainingModule):
         return images, decoded.to(images).clamp(-1, 1)  # bf16 has too few levels to score
 
     def score(self, images: Tensor, decoded: Tensor, weight: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """PSNR in dB and SSIM against the pictures, both as 8-bit values: sums and counts over pictures."""
+        """PSNR in dB and SSIM against the pictures on the scale of 0..255: sums and counts over pictures."""
         error = (decoded - images).float().mul(127.5).square().flatten(1).mean(1)
         scores = {"psnr": 10 * torch.log10(255**2 / error.clamp_min(1e-10))}
         if min(images.shape[2:]) >= WINDOW:

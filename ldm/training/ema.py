@@ -42,11 +42,19 @@ class EMA:
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """average <- decay * average + (1 - decay) * parameter, all tensors of each in one foreach call."""
-        current = [p.to(a.dtype) for p, a in zip(self.parameters, self.average, strict=True)]
-        torch._foreach_lerp_(self.average, current, 1 - self.decay_at(updates))
+        torch._foreach_lerp_(self.average, self._current(), 1 - self.decay_at(updates))
+        self.update_profiles(updates)
+
+    @torch.no_grad()
+    def update_profiles(self, updates: int) -> None:
+        """The part of `update` that is left where an optimizer gives `average` itself."""
+        current = self._current() if self.profiles else []
         for length, profile in self.profiles.items():
             decay = (1 - 1 / (updates + 1)) ** (self.exponents[length] + 1)
             torch._foreach_lerp_(profile, current, 1 - decay)
+
+    def _current(self) -> list[Tensor]:
+        return [p.detach().to(a.dtype) for p, a in zip(self.parameters, self.average, strict=True)]
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -150,6 +150,7 @@ class TrainingModule(pl.LightningModule):
         own: Any = self.optimizers(use_pl_optimizer=False)
         if hasattr(own, "average_into"):  # the optimizer knows the average of its own
             own.average_into(dict(zip(self.ema.parameters, self.ema.average, strict=True)))
+            self.ema.update_profiles(step)
         else:
             self.ema.update(step)
 

@@ -89,7 +89,8 @@ def memory(module: TrainingModule) -> dict[str, int]:
         state += _stepped(module.discriminator_optimizer, judge)
         trained += judge
     assert module.ema is not None
-    average, extra = _size(module.ema.state_dict().values()), module.extra_state()[0]
+    profiles = [tensor for profile in module.ema.profiles.values() for tensor in profile]
+    average, extra = _size([*module.ema.average, *profiles]), module.extra_state()[0]
     frozen = [p for network in module.frozen.values() for p in (*network.parameters(), *network.buffers())]
     frozen += [p for p in module.parameters() if not p.requires_grad]
     weights = _size(trained)

@@ -301,3 +301,22 @@ def test_nine_codes_of_ten_are_used_on_the_quickstarts_pictures() -> None:
         error = (net.decode(net.encode(held_out)) - held_out).square().mean()
     assert used >= 0.9 * 64
     assert error < 0.9 * held_out.var(), "used to say something about the pictures"
+
+
+def test_pictures_of_weight_0_leave_no_trace_in_the_codebook():
+    torch.manual_seed(0)
+    z = torch.randn(3, 4, 5, 5)
+    codebooks = []
+    for part, weight in ((z[:2], None), (z, torch.tensor([1.0, 1.0, 0.0]))):
+        torch.manual_seed(1)
+        codebook = EMAVectorQuantizer(8, 4, restart=0.0)
+        for _ in range(3):
+            codebook(part, weight)
+        codebooks.append(codebook.state_dict())
+    for name, value in codebooks[0].items():
+        torch.testing.assert_close(codebooks[1][name], value)
+    torch.manual_seed(1)
+    nothing = EMAVectorQuantizer(8, 4)
+    before = nothing.embedding.weight.clone()
+    nothing(z, torch.zeros(3))
+    torch.testing.assert_close(nothing.embedding.weight, before, rtol=1e-4, atol=1e-7)

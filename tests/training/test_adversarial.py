@@ -92,6 +92,21 @@ def test_loss_gradients_and_adaptive_weight_by_hand(networks, batch, trainer):
     assert {"train/adversarial", "train/adaptive_weight", "train/discriminator"} <= set(module.recorded)
 
 
+def test_the_discriminators_gradient_is_clipped_too(networks, trainer):
+    module = adversarial(networks()[0], discriminator_optimizer=partial(torch.optim.SGD, lr=1.0))
+    module.trainer = trainer
+    trainer.gradient_clip_val = 0.5
+    module.configure_optimizers()
+    before = [p.detach().clone() for p in module.discriminator.parameters()]
+    for p in module.discriminator.parameters():
+        p.grad = torch.full_like(p, 3.0)
+    module._step_discriminator(0.1)
+    moved = [a - p.detach() for a, p in zip(before, module.discriminator.parameters(), strict=True)]
+    norm = torch.cat([m.flatten() for m in moved]).norm()
+    torch.testing.assert_close(norm, torch.tensor(0.05), rtol=1e-3, atol=0)
+    assert all(p.grad is None for p in module.discriminator.parameters())
+
+
 def test_the_discriminator_moves_with_the_module_and_is_no_part_of_it(networks):
     module = adversarial(networks()[0])
     assert not any("discriminator" in name for name, _ in module.named_parameters())
@@ -109,6 +124,9 @@ def test_what_is_refused(networks):
     with pytest.raises(ValueError, match="discriminator=null"):
         adversarial(networks()[0], discriminator=None)
     module = adversarial(networks()[0])
+    module.autoencoder.decoder.conv_out.requires_grad_(False)
+    with pytest.raises(InputError, match=r"^parameter_groups: freezes decoder.conv_out"):
+        module.configure_optimizers()
     scaled = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()))
     module.trainer = scaled
     with pytest.raises(InputError, match=r"^trainer.precision: 16-mixed .*; use bf16-mixed or 32-true$"):

@@ -274,3 +274,9 @@ def test_a_line_in_a_file_and_nothing_from_other_ranks(plain_trainer, tmp_path):
     bar.on_step(plain_trainer, None, 2)
     lines = bar.console.file.getvalue().splitlines()
     assert [line.split("  ")[:2] for line in lines] == [["diffusion", f"step {step}/3"] for step in (2, 3)]
+
+
+def test_pictures_that_cannot_be_drawn_are_refused_before_the_first_step(recipe, refused, tmp_path):
+    argv = recipe(2, "x", "sampler=plms", "sampling.spacing=karras", "sampling.num_steps=6")
+    assert refused(argv).startswith("callbacks.pictures: ")
+    assert not (tmp_path / "x/checkpoints").exists()

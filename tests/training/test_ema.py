@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+import train
+from ldm.checkpoints import native
 from ldm.training.ema import EMA
 
 
@@ -86,3 +88,13 @@ def test_frozen_parameters_are_not_averaged_and_names_are_checked():
         ema.load_state_dict({"1.weight": torch.zeros(2, 2)})
     with pytest.raises(ValueError, match="decay=1"):
         EMA(module, 1.0)
+
+
+def test_profiles_move_also_where_the_optimizer_gives_the_average(recipe, tmp_path):
+    """After one step a profile is that step's weights: it forgets its start at once."""
+    more = ["optimizer=schedule_free", "module.ema_lengths=[0.1]", "trainer.max_steps=1"]
+    assert train.command(recipe(2, "run", *more)) == 0
+    path = native.resolve(tmp_path / "run")
+    weights, profile = native.load_tensors(path, "model"), native.load_tensors(path, "ema-0.1")
+    assert profile
+    assert all(torch.equal(value, weights[name]) for name, value in profile.items())

@@ -53,6 +53,14 @@ def test_every_experiment_has_a_summary(name):
         assert any(line.startswith("memory ") for line in summary(plain(stage)))
 
 
+def test_of_an_upscaler():
+    """Its conditioner has a noise scheduler of its own, a table of numbers where networks are on paper."""
+    given = ["experiment=laion_subset", "data.shards=x", "autoencoder_from=x", "conditioner=upscaling"]
+    given += ["backbone.in_channels=7", "backbone.num_classes=1000"]
+    lines = summary(plain(compose("train", given)))
+    assert any("concat [" in line for line in lines)
+
+
 def test_each_stage_has_its_summary(capsys):
     assert train.command(["--cfg", "job", "experiment=quickstart"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# ")]

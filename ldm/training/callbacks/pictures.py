@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.diffusion.guidance import guided
+from ldm.errors import InputError
 from ldm.pictures import contact_sheet, to_pil, to_uint8
 from ldm.random import keyed_normal
 from ldm.training.callbacks.base import StepCallback
 from ldm.training.callbacks.metrics import MetricsLog, Picture
 from ldm.training.module import TrainingModule, to_unit
-from ldm.types import Batch, Sampler
+from ldm.types import Batch, Conditioning, Sampler
 
 SEED = 0  # of the noise of all pictures of text
 ERROR_GAIN = 4  # of the errors that are shown; 1 would be the difference of the values themselves
@@ -46,6 +47,34 @@ class TextPictures(StepCallback):
         self.sampler, self.num_steps, self.spacing = sampler, num_steps, spacing
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self.prompts:
+            self.rehearse(trainer, pl_module)
+
+    @torch.no_grad()
+    def rehearse(self, trainer: pl.Trainer, module: Any) -> None:
+        """What prompts, conditioner or sampler refuse, they refuse before the first step, on every rank."""
+        nothing = torch.zeros(1, 1, 1, 1)
+        try:
+            grid = module.noise_scheduler.grid(self.num_steps, self.spacing)
+            self.sampler(lambda x, row: nothing, nothing, grid, noise=lambda i: nothing)
+            with trainer.precision_plugin.forward_context():
+                self.conditionings(module)
+        except ValueError as error:
+            fix = "give other prompts or another sampler, or none: callbacks.pictures.prompts=[]"
+            raise InputError("callbacks.pictures", str(error), fix) from None
+
+    def conditionings(self, module: Any) -> tuple[Conditioning, Conditioning]:
+        """That of the prompts, and the one without them."""
+        conditioner = module.frozen.get("conditioner") or module.conditioner
+        n = torch.arange(len(self.prompts), device=module.device)
+        size = torch.full((len(n), 2), self.image_size, device=module.device)
+        batch = Batch(n, torch.ones(len(n), device=module.device), caption=self.prompts)
+        batch = replace(batch, original_size=size, crop=torch.zeros_like(size), target_size=size)
+        conditioning = conditioner(batch)
+        return conditioning, conditioner.null(conditioning)
+
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
         if step % self.every == 0 and trainer.is_global_zero and self.prompts:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +88,6 @@ class TextPictures(StepCallback):
     def sample(self, trainer: pl.Trainer, module: Any) -> list[Image.Image]:
         """Pictures of the prompts from the EMA weights."""
         autoencoder = module.frozen["autoencoder"]
-        conditioner = module.frozen.get("conditioner") or module.conditioner
         size = self.image_size // autoencoder.factor
         n = torch.arange(len(self.prompts), device=module.device)
         shape = (autoencoder.latent_channels, size, size)
@@ -71,17 +99,9 @@ class TextPictures(StepCallback):
         training = module.training
         module.eval()
         with module.ema.swapped(), trainer.precision_plugin.forward_context():
-            size = torch.full((len(n), 2), self.image_size, device=module.device)
-            batch = Batch(n, torch.ones(len(n), device=module.device), caption=self.prompts)
-            batch = replace(batch, original_size=size, crop=torch.zeros_like(size), target_size=size)
-            conditioning = conditioner(batch)
-            denoise = guided(
-                module.denoiser,
-                conditioning,
-                conditioner.null(conditioning),
-                self.guidance_scale,
-                self.guidance_rescale,
-            )
+            conditioning, null = self.conditionings(module)
+            scale, rescale = self.guidance_scale, self.guidance_rescale
+            denoise = guided(module.denoiser, conditioning, null, scale, rescale)
             x = keyed_normal(SEED, n, "noise", shape).to(module.dtype) * grid[0].sigma
             images = autoencoder.decode(self.sampler(denoise, x, grid, noise=noise))
         module.train(training)

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from ldm.errors import InputError
 from ldm.evaluation.distribution import compare_features, feature_network
 from ldm.pictures import to_uint8
 from ldm.training.callbacks.base import StepCallback
@@ -67,6 +68,8 @@ class AutoencoderValidation(Validation):
             features, weight = (over_ranks(torch.cat(parts)).cpu() for parts in zip(*seen, strict=True))
             if trainer.is_global_zero:
                 real, decoded = features[weight > 0].unbind(1)
+                if len(real) < 2:
+                    raise InputError("data.validation_shards", "FID and KID need two readable pictures")
                 score = compare_features(real, decoded, name)
                 assert score.kid is not None
                 assert score.fid is not None
