@@ -66,10 +66,10 @@ class AutoencoderValidation(Validation):
         values = validate(trainer, module, terms)
         if seen:
             features, weight = (over_ranks(torch.cat(parts)).cpu() for parts in zip(*seen, strict=True))
+            if int((weight > 0).sum()) < 2:  # every rank has them all, and raises
+                raise InputError("data.validation_shards", "FID and KID need two readable pictures")
             if trainer.is_global_zero:
                 real, decoded = features[weight > 0].unbind(1)
-                if len(real) < 2:
-                    raise InputError("data.validation_shards", "FID and KID need two readable pictures")
                 score = compare_features(real, decoded, name)
                 assert score.kid is not None
                 assert score.fid is not None
