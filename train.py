@@ -12,12 +12,11 @@ from omegaconf import DictConfig
 
 import ldm
 from ldm.checkpoints import native
-from ldm.checkpoints.networks import network_entry, store_network
 from ldm.checkpoints.run import RunDirectory, Stage
 from ldm.config import build, compose, plain, split_arguments, to_yaml
 from ldm.errors import global_rank, reported
-from ldm.training import assembly
-from ldm.training.log import log_to_file, log_to_terminal
+from ldm.training import assembly, fingerprint, launch, rollback, starting
+from ldm.training.log import log_to_file, log_to_terminal, recorded
 from ldm.training.summary import comments, log_summary
 
 
@@ -25,37 +24,36 @@ from ldm.training.summary import comments, log_summary
 def train_stage(cfg: DictConfig, run: RunDirectory, stage: Stage) -> int:
     """Train one stage to its end, from its newest checkpoint; finds wrong input before it writes anything."""
     newest = native.newest(stage.checkpoints)
-    done = native.load_document(newest, "state.json")["step"] if newest else 0
+    done = native.load_state(newest)["step"] if newest else 0
     if run.finished(stage.name) is not None and done >= cfg.trainer.max_steps:
         return 0
     run.check_config(plain(cfg), stage.name)
     if newest is None and cfg.resume:
-        newest = native.resolve(Path(cfg.resume), stage.name or None, "resume")
-    fresh = newest is None and cfg.init_from
-    init = native.resolve(Path(cfg.init_from), stage.name or None, "init_from") if fresh else None
-    datamodule, module = build(cfg.data), assembly.build_module(cfg)
-    datamodule.tokenize = module.tokenizer
-    native.require_space(run.path, assembly.checkpoint_bytes(module))
-    frozen = assembly.load_frozen(module, "autoencoder", cfg.autoencoder_from)
-    checkpoints = build(
-        cfg.callbacks.checkpoint, folder=stage.checkpoints, config=to_yaml(cfg), resume=newest, init=init
-    )
-    callbacks, metrics = assembly.build_callbacks(cfg, run, stage, checkpoints)
-    trainer = assembly.build_trainer(cfg, callbacks, datamodule)
+        newest = native.resolve(Path(str(cfg.resume)), stage.name or None, "resume")
+    with recorded() as said:
+        sources = starting.opened(cfg, newest, stage.name)
+        datamodule = build(cfg.data)
+        module = assembly.build_module(starting.building(cfg, newest, sources))
+        kept = starting.fill(module, cfg, newest, sources)
+    fingerprint.connect(module, datamodule)
+    stored = starting.nbytes(kept, run.path)
+    native.require_space(run.path, stored + assembly.checkpoint_bytes(module))
+    callbacks, metrics, checkpoints = assembly.build_callbacks(cfg, run, stage, newest)
+    trainer = assembly.build_trainer(cfg, callbacks, datamodule, module)
     if run.rank == 0:
         datamodule.setup()
 
     run.start()
     run.settle_config(plain(cfg), stage.name)
     if run.rank == 0:
-        log_to_file(run.path / "log.txt")
+        log_to_file(run.path / "log.txt", said)
         log_summary(plain(cfg))
-    if frozen and run.rank == 0:
-        sha256 = store_network(run.path, frozen, to_yaml(cfg.autoencoder))
-        checkpoints.networks["autoencoder"] = network_entry(run.path, sha256, stage.checkpoints / "step")
+        checkpoints.networks |= starting.store(kept, run.path, stage.checkpoints)
+    kept.clear()  # else it holds the memory that the networks leave when they go to their device
+    checkpoints.skip = rollback.windows(run, stage)
     trainer.fit(module, datamodule=datamodule)
-    if checkpoints.interrupted is not None:
-        return 128 + checkpoints.interrupted
+    if code := rollback.outcome(run, stage, newest, trainer, checkpoints.guard):
+        return code
     if trainer.is_global_zero:
         result = metrics.summary()
         if cfg.report:
@@ -69,10 +67,12 @@ def train_stage(cfg: DictConfig, run: RunDirectory, stage: Stage) -> int:
 def main(cfg: DictConfig, overrides: list[str]) -> int:
     """Run the config, or one after another the experiments that its `stages` names; returns the exit code."""
     stages = assembly.build_stages(cfg, overrides)
-    run = RunDirectory(cfg.run_root, cfg.run_name)
+    run = RunDirectory(cfg.run_root, cfg.run_name, planned=[str(stage.stage) for stage in stages])
     with run.lock():
         for stage in stages:
-            if code := train_stage(stage, run, run.stage(stage.stage)):
+            while (code := train_stage(stage, run, run.stage(stage.stage))) == rollback.AGAIN:
+                pass
+            if code:
                 return code
     if run.rank == 0:
         print("\n".join(run.finished(stage.stage) or "" for stage in stages))
@@ -97,4 +97,4 @@ def command(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command(sys.argv[1:]))
+    sys.exit(launch.noted(command, sys.argv[1:]))

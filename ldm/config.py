@@ -214,6 +214,9 @@ def _check_missing(config: DictConfig) -> None:
             raise InputError(key, "missing value", f"set {key}=...")
         if isinstance(value, dict):
             stack += [(f"{key}.{child}" if key else str(child), value[child]) for child in reversed(value)]
+    for key in config.get("required") or []:  # for where the default is null, which ??? does not replace
+        if _select(config, key) is None:
+            raise InputError(key, "missing value", f"set {key}=...")
 
 
 def _select(config: DictConfig, key: str) -> Any:

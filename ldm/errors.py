@@ -6,6 +6,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+# Exit codes of train.py, beside 0: slurm/*.sbatch starts the job again after those that a restart may mend.
+BAD_INPUT, NUMERICAL, HANG, REQUEUE = 2, 3, 4, 75  # 3: also restarts without progress; 75: saved, go on later
 
 
 class InputError(ValueError):
@@ -16,7 +20,11 @@ class InputError(ValueError):
 
     def __init__(self, where: str, what: str, fix: str = "", every_rank: bool = False) -> None:
         self.every_rank = every_rank
+        self.given = where, what, fix, every_rank
         super().__init__(f"{where}: {what}" + (f"; {fix}" if fix else ""))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return InputError, self.given  # from another process it comes pickled
 
 
 def global_rank() -> int:
@@ -41,4 +49,4 @@ def reported() -> Iterator[None]:
     except InputError as error:
         if error.every_rank or global_rank() == 0:
             print("ldm: error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        raise SystemExit(BAD_INPUT) from None

@@ -53,7 +53,12 @@ def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
 def open_picture(
     source: str | os.PathLike[str] | Image.Image, height: int, width: int, where: str = "init_image"
 ) -> Image.Image:
-    """An RGB picture of that size: upright, scaled to cover it, cut at the centre, on white if transparent.
+    """An RGB picture of that size: `read_picture`, scaled to cover it and cut at the centre."""
+    return ImageOps.fit(read_picture(source, where), (width, height), method=Image.Resampling.LANCZOS)
+
+
+def read_picture(source: str | os.PathLike[str] | Image.Image, where: str = "init_image") -> Image.Image:
+    """An RGB picture: upright, on white if transparent.
 
     `where` is the option that gave the path, for the InputError of a file that is missing or no picture.
     """
@@ -70,7 +75,7 @@ def open_picture(
             raise InputError(place, f"not a picture that can be read ({type(error).__name__})") from None
     canvas = Image.new("RGBA", picture.size, "white")
     canvas.alpha_composite(picture)
-    return ImageOps.fit(canvas.convert("RGB"), (width, height), method=Image.Resampling.LANCZOS)
+    return canvas.convert("RGB")
 
 
 def open_mask(source: str | os.PathLike[str] | Image.Image, height: int, width: int) -> Tensor:

@@ -24,23 +24,22 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.autoencoder.tiling import tiled_decode, tiled_encode
-from ldm.checkpoints.native import MANIFEST, load_document, load_tensors, resolve
-from ldm.checkpoints.networks import load_network
-from ldm.checkpoints.posthoc import combine
-from ldm.config import build, from_yaml, plain
+from ldm.checkpoints.building import averaged, networks
+from ldm.checkpoints.model import Model
+from ldm.checkpoints.opening import content_hash, open_model
+from ldm.config import build
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import guided
 from ldm.diffusion.inpainting import keep_known
 from ldm.diffusion.samplers import prior
 from ldm.errors import InputError
-from ldm.pictures import to_pil, to_uint8
+from ldm.pictures import read_picture, to_pil, to_uint8
 from ldm.random import keyed_normal
 from ldm.sampling.recipes import recipe_of
 from ldm.sampling.request import Request, Source, request_of, soft_edge, whole
 from ldm.types import Batch, Conditioning, Denoise, Sampler
 
 WEIGHTS = re.compile(r"raw|ema(:(\d*\.\d+))?")
-NETWORKS = ("autoencoder", "conditioner", "backbone")
 BATCH_SIZE = 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -81,6 +80,27 @@ class Pipeline:
         self.denoiser = Denoiser(backbone, noise_scheduler)
         self.sampler, self.sampling = sampler, {"guidance_rescale": 0.0, **(sampling or {})}
         self.name, self.digest, self.weights = name, digest, weights
+
+    @classmethod
+    def of(cls, model: Model, weights: str = "ema", **options: Any) -> Pipeline:
+        """The pipeline of an opened checkpoint: its networks, filled, and its settings."""
+        config, path = model.config, Path(model.facts["path"])
+        size = config["data"]["image_size"]
+        drawn = config.get("backbone") is not None
+        for name in ("autoencoder", "conditioner"):
+            if drawn and config.get(name) is None:
+                raise InputError(
+                    f"checkpoint={path}", f"holds no {name}", "give a checkpoint that is complete"
+                )
+        return cls(
+            **networks(model, "raw" if weights == "raw" else "ema"),
+            noise_scheduler=build(config["noise_scheduler"]) if drawn else None,
+            sampler=config["sampler"] if config.get("sampler") is not None else "ddim",
+            sampling={"height": size, "width": size, **(config.get("sampling") or {})},
+            name=f"{config.get('run_name') or path.parent.name} {path.name}",
+            weights=weights,
+            **options,
+        )
 
     @property
     def multiple(self) -> int:
@@ -142,7 +162,7 @@ class Pipeline:
         width: int | None = None,
         init_image: Source | None = None,
         mask_image: Source | None = None,
-        strength: float = 0.8,
+        strength: float | None = None,
         prompt_weights: bool = False,
         clip_skip: int = 1,
         tile: int | None = None,
@@ -151,8 +171,10 @@ class Pipeline:
 
         sampler            name of a file in configs/sampler, the section of such a config, or a function
         guidance_interval  (low, high): guidance acts at low < sigma / alpha <= high alone
-        init_image         picture to start from, cut to height and width; `strength` in (0, 1] is the share
-                           of the steps that are made, from noise over it: 1 keeps next to nothing of it
+        init_image         picture to start from, cut to height and width, or for an upscaler the small one
+        strength           share of the steps that are made, in (0, 1], from noise over init_image; 1 keeps
+                           next to nothing of it. By default 0.8, and 1 where the network is shown the
+                           picture: that starts from noise alone, as in training
         mask_image         where init_image is drawn anew: white. Pixels farther than a latent cell from white
                            stay as they are, bit for bit
         prompt_weights     read (word:1.3), [word], BREAK, prompts of any length: conditioning/prompts.py
@@ -179,6 +201,11 @@ class Pipeline:
             "guidance_interval": None,
             **self.sampling,
         }
+        shown = self.conditioner.source_scale
+        if init_image is None and self.conditioner.needs_source:
+            raise InputError("init_image", "this checkpoint draws from a picture", "give it: init_image=FILE")
+        if shown and shown > 1 and init_image is not None and height is None and width is None:
+            given["width"], given["height"] = (side * shown for side in read_picture(init_image).size)
         settings: dict[str, Any] = {
             name: defaults.get(name) if value is None else value for name, value in given.items()
         }
@@ -188,10 +215,11 @@ class Pipeline:
             negative_prompt=negative_prompt,
             init_image=init_image,
             mask_image=mask_image,
-            strength=strength,
+            strength=(1.0 if shown else 0.8) if strength is None else strength,
             prompt_weights=prompt_weights,
             clip_skip=clip_skip,
             tile=tile,
+            source_scale=shown,
             **settings,
         )
 
@@ -216,10 +244,12 @@ class Pipeline:
         with torch.autocast(self.device.type, dtype=self.dtype if low else None, enabled=low):
             denoise, latents = self._guided(prompts, seeds, request), None
             encode, decode = self._codec(request.tile)
+            alone = request.source is not None and request.strength == 1  # the network is shown the picture
             if request.start is not None:
                 image = request.start.to(self.device, torch.float32) / 127.5 - 1
-                latents = encode(image.contiguous(memory_format=torch.channels_last))
-            if request.mask is not None:
+                if not alone:
+                    latents = encode(image.contiguous(memory_format=torch.channels_last))
+            if request.mask is not None and request.source is None:
                 assert latents is not None
                 cells = torch.nn.functional.max_pool2d(request.mask.to(self.device, torch.float32), factor)
                 denoise = keep_known(denoise, latents, cells)
@@ -268,8 +298,8 @@ class Pipeline:
         n = torch.tensor([seed % 2**63 for seed in seeds], device=device)
         batch = Batch(n, torch.ones(b, device=device), caption=list(prompts), original_size=size)
         batch = replace(batch, crop=torch.zeros_like(size), target_size=size)
-        if request.start is not None:  # what an upscaler enlarges, and an inpainting network fills in
-            source = request.start.to(device).expand(b, -1, -1, -1)
+        if request.source is not None:  # what an upscaler enlarges, and an inpainting network fills in
+            source = request.source.to(device).expand(b, -1, -1, -1)
             batch = replace(batch, source=source)
             if request.mask is not None:
                 mask = request.mask.to(device).expand(b, -1, -1, -1)
@@ -305,11 +335,12 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> Pipeline:
-    """The pipeline of a run, a stage or a checkpoint directory, rebuilt from the config that is stored in it.
+    """The pipeline of a run, a stage, a checkpoint directory, a diffusers folder or a single file.
 
-    weights: ema; ema:0.08, the average of that length out of the run's snapshots (checkpoints/posthoc.py); or
-    raw, those the optimizer last left. dtype: also as fp32, bf16, fp16. Nothing in a stranger's checkpoint
-    can run code: tensors are safetensors and the config builds only what `ldm.build` allows.
+    weights: ema, where there are averages; ema:0.08, that of this length out of the run's snapshots
+    (checkpoints/posthoc.py); or raw, those the optimizer last left. dtype: also as fp32, bf16, fp16. Nothing
+    in a stranger's checkpoint can run code: pickles are read for tensors alone (checkpoints/pickles.py), and
+    a config builds only what `ldm.build` allows.
     """
     choice = WEIGHTS.fullmatch(weights)
     if choice is None:
@@ -319,47 +350,10 @@ def load(
         if dtype not in DTYPES:
             raise InputError(f"precision={dtype}", "no such option", f"have: {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
-    folder = resolve(Path(path))
-    config = from_yaml(load_document(folder, "config.yaml"), f"{folder / 'config.yaml'}")
-    tensors, used = load_tensors(folder, "model"), "model.safetensors"
-    if weights == "ema":
-        used = "ema.safetensors"
-        if not (folder / used).is_file():
-            raise InputError(f"weights={weights}", f"no EMA weights in {folder.name}", "pass weights=raw")
-        tensors |= load_tensors(folder, "ema")
-    elif length:
-        tensors |= combine(folder, float(length), where=f"weights={weights}").tensors()
-    digest = load_document(folder, MANIFEST)["files"][used]["sha256"]
-    present = [name for name in NETWORKS if config.get(name) is not None]
-    networks = {name: restore(name, config, tensors, folder) for name in present}
-    rest = {"noise_scheduler": build(config["noise_scheduler"])} if "backbone" in networks else {}
-    size = config["data"]["image_size"]
-    return Pipeline(
-        **networks,
-        **rest,
-        sampler=plain(config["sampler"]) if config.get("sampler") is not None else "ddim",
-        sampling={"height": size, "width": size, **plain(config.get("sampling") or {})},
-        device=device,
-        dtype=dtype,
-        name=f"{config.get('run_name') or folder.parent.name} {folder.name}",
-        digest=digest if not length else hashlib.sha256(f"{digest}:{length}".encode()).hexdigest(),
-        weights=weights,
-    )
-
-
-def restore(name: str, config: Any, tensors: Mapping[str, Tensor], folder: Path) -> Any:
-    """The network `name`: the frozen one that state.json names, that of `tensors`, or a pretrained one."""
-    entry = load_document(folder, "state.json").get("networks", {}).get(name)
-    if entry is not None:
-        own, text = load_network(folder, entry)
-        network = build(from_yaml(text, f"networks/{entry['sha256'][:8]}.../config.yaml"))
-    else:
-        own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-        network = build(config[name])
-    if own or any(p.requires_grad for p in network.parameters()):  # else it is frozen and brought its weights
-        try:
-            network.load_state_dict(own)
-        except RuntimeError as error:
-            what = f"its weights do not fit its {name}: {str(error).splitlines()[1].strip()}"
-            raise InputError(f"checkpoint={folder}", what) from None
-    return network
+    model = open_model(path)
+    if length:
+        model = averaged(model, float(length), where=f"weights={weights}")
+    digest = content_hash(model, "raw" if weights == "raw" else "ema")
+    if length:
+        digest = hashlib.sha256(f"{digest}:{length}".encode()).hexdigest()
+    return Pipeline.of(model, weights, device=device, dtype=dtype, digest=digest)

@@ -21,9 +21,15 @@ class Batch:
     n: Tensor  # int64 [b], place of each sample in the global run: the key of all its randomness
     weight: Tensor  # float32 [b], 1, or 0 for a sample that could not be read
     key: Sequence[str] = ()  # "shard/key" of each sample, to name it in messages
+    reason: Sequence[str] = ()  # why a sample has weight 0; "" for one that could be read, and for padding
+    hash: Tensor | None = None  # int64 [b], of "shard/key"; 0 for padding: the sum tells what was consumed
+    events: Sequence[tuple[int, str, int]] = ()  # (shard, reason, n) of shards given up while it was made
     image: Tensor | None = None  # uint8 [b 3 H W]; networks normalise to [-1, 1] on the device
     moments: Tensor | None = None  # float [b m h w], what the autoencoder's moments() gave
     caption: Sequence[str] | None = None
+    context: Tensor | None = None  # float [b l d], what frozen text towers gave for the caption beforehand
+    context_mask: Tensor | None = None  # bool [b l], and this with it
+    pooled: Tensor | None = None  # float [b p], and this
     tokens: Tensor | None = None  # int64 [b l]
     original_size: Tensor | None = None  # int64 [b 2], height and width before any resize
     crop: Tensor | None = None  # int64 [b 2], top and left of the crop after the resize

@@ -1,5 +1,6 @@
 """A complete tiny run, written as training writes one: a checkpoint and the autoencoder it refers to."""
 
+import json
 import os
 from pathlib import Path
 
@@ -90,3 +91,15 @@ def tiny_run(tmp_path_factory) -> Path:
 def make_run():
     """`write_run`, for tests that need a run of their own."""
     return write_run
+
+
+@pytest.fixture
+def trials():
+    """(few, full) -> how often to try: `full` times in benchmarks/faults.py."""
+    return lambda few, full: full if os.environ.get("LDM_TRIALS") == "full" else few
+
+
+@pytest.fixture
+def counted(record_property):
+    """Tell benchmarks/faults.py what was counted, by name; numbers of the same name are added up."""
+    return lambda **numbers: record_property("counted", json.dumps(numbers))

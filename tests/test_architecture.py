@@ -58,7 +58,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "lightning": ("ldm/training/", "ldm/data/datamodule.py", "train.py"),
     "pytorch_lightning": (),
     "webdataset": ("ldm/data/",),
-    "open_clip": ("ldm/conditioning/text.py",),
+    "open_clip": ("ldm/conditioning/text.py", "ldm/conditioning/frozen.py"),
     "hydra": ("ldm/config.py", "ldm/cli.py", "train.py", "sample.py"),
     "omegaconf": ("ldm/config.py", "ldm/cli.py", "train.py", "sample.py"),
     "wandb": ("ldm/training/",),
@@ -66,7 +66,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "transformers": (),
     "peft": (),
     "triton": ("ldm/nn/kernels/",),
-    "safetensors": ("ldm/checkpoints/", "ldm/conditioning/text.py", "ldm/evaluation/perceptual.py"),
+    "safetensors": ("ldm/checkpoints/", "ldm/conditioning/frozen.py", "ldm/evaluation/perceptual.py"),
     "pickle": (),
 }
 PURE = ("types", "random", "nn", "autoencoder", "backbones", "diffusion")  # torch, einops, standard library
@@ -111,13 +111,14 @@ QUIET = {
     "dict", "tuple", "list", "sorted", "range", "len", "enumerate", "zip", "int", "float", "str", "max",
     "min", "sum", "Path", "resolve", "parent", "split", "join", "format", "sqrt", "log", "exp", "pi",
     "finfo", "iinfo", "device", "partial", "keys", "values", "items", "lower", "upper", "repeat", "count",
-    "getattr", "cast", "abs", "round", "fromkeys",
+    "getattr", "cast", "abs", "round", "fromkeys", "replace",
 }  # fmt: skip
 
 
 def side_effects(file: str, tree: ast.Module) -> list[str]:
-    """Statements at the top of a file that do more than define names."""
+    """Statements at the top of a file that do more than define names; its own dataclasses make values."""
     found: list[str] = []
+    values = {node.name for node in tree.body if isinstance(node, ast.ClassDef) and _is_dataclass(node)}
 
     def check(statements: list[ast.stmt]) -> None:
         for node in statements:
@@ -143,7 +144,7 @@ def side_effects(file: str, tree: ast.Module) -> list[str]:
                     if not all(isinstance(target, (ast.Name, ast.Tuple)) for target in targets):
                         found.append(f"{place} changes {ast.unparse(targets[0])}")
                     for call in ast.walk(node.value) if node.value else ():
-                        if isinstance(call, ast.Call) and _last_name(call.func) not in QUIET:
+                        if isinstance(call, ast.Call) and _last_name(call.func) not in QUIET | values:
                             found.append(f"{place} calls {ast.unparse(call.func)}")
                 case _:
                     found.append(f"{place} runs {ast.unparse(node)[:60]}")
@@ -152,12 +153,19 @@ def side_effects(file: str, tree: ast.Module) -> list[str]:
     return found
 
 
+def _is_dataclass(node: ast.ClassDef) -> bool:
+    names = [d.func if isinstance(d, ast.Call) else d for d in node.decorator_list]
+    return "dataclass" in map(_last_name, names) and not any(
+        isinstance(item, ast.FunctionDef) and item.name == "__post_init__" for item in node.body
+    )
+
+
 def _last_name(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
 def prints(file: str, tree: ast.AST) -> list[str]:
-    if file in ("train.py", "sample.py", "ldm/cli.py", "ldm/errors.py"):
+    if file in ("train.py", "sample.py", "ldm/cli.py", "ldm/cluster/commands.py", "ldm/errors.py"):
         return []
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     return [
@@ -227,6 +235,8 @@ def test_every_part_has_its_place():
         (side_effects, "ldm/x.py", "DATA = open('x').read()"),
         (side_effects, "ldm/x.py", "class A:\n    print('x')"),
         (side_effects, "ldm/x.py", "for i in range(3):\n    pass"),
+        (side_effects, "ldm/x.py", "class A:\n    pass\nX = A()"),
+        (side_effects, "ldm/x.py", "@dataclass\nclass A:\n    def __post_init__(self): pass\nX = A()"),
         (prints, "ldm/x.py", "def f():\n    print(1)"),
     ],
 )  # fmt: skip

@@ -40,6 +40,8 @@ def test_help_imports_nothing_heavy():
         (["evaluate", "x", "--features", "no.such:thing"], "--features no.such:thing: No module named 'no'"),
         (["ema", "nowhere", "out", "--length", "0.08"], "checkpoint=nowhere: no such checkpoint"),
         (["ema", "nowhere", "out"], "ldm ema: the following arguments are required: --length"),
+        (["info", "nowhere"], "PATH=nowhere: no such checkpoint"),
+        (["info", "nowhere", "--num-heads", "x"], "ldm info: argument --num-heads: invalid int value: 'x'"),
         (["data", "index", "nowhere.tar"], "shards: no shard matches 'nowhere.tar'"),
     ],
 )

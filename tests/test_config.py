@@ -35,6 +35,7 @@ FILES = {
     """,
     "broken.yaml": "a: [1,",
     "mandatory.yaml": "a: {b: '???'}\nc: ${a.b}",
+    "required.yaml": "a: {b: null}\nrequired: [a.b]",
     "strange.yaml": "defaults: [module: nothing]",
     "interpolated.yaml": "a: {b: '${nowhere.c}'}",
     "module/adamw.yaml": "weighting: null\nlr: ${optimizer.lr}",
@@ -151,6 +152,7 @@ def test_one_line_for_every_bad_override(folder, override, line):
     ("name", "line"),
     [
         ("mandatory", "a.b: missing value; set a.b=..."),
+        ("required", "a.b: missing value; set a.b=..."),
         ("interpolated", "a.b: Interpolation key 'nowhere.c' not found; correct the ${...} there, or"),
         (
             "strange",
@@ -170,6 +172,7 @@ def test_one_line_for_every_bad_config(folder, name, line):
 
 def test_missing_value_is_filled_by_an_override(folder):
     assert plain(compose("mandatory", ["a.b=3"], folder)) == {"a": {"b": 3}, "c": 3}
+    assert compose("required", ["a.b=3"], folder).a.b == 3
 
 
 def test_default_folder_is_that_of_the_repository():

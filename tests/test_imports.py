@@ -35,6 +35,7 @@ def run(code: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_module_imports_first():
     """Each in its own child of one interpreter with the libraries but nothing of ldm: no circular imports."""
     code = """

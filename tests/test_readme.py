@@ -19,10 +19,13 @@ from PIL import Image
 
 from ldm import cli
 from ldm.config import compose, split_arguments
+from ldm.data.inspect_page import MEANING
 from ldm.pictures import recipe, save_png
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHECKPOINTS = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 READING = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
@@ -44,8 +47,9 @@ def commands(text):
 
 
 def of(*start):
-    """The README's commands that begin so, without that, and without those that differ in nothing."""
-    found = [tuple(words[len(start) :]) for words in commands(README) if words[: len(start)] == list(start)]
+    """The pages' commands that begin so, without that, and without those that differ in nothing."""
+    lines = commands(README) + commands(CHECKPOINTS) + commands(DATA)
+    found = [tuple(words[len(start) :]) for words in lines if words[: len(start)] == list(start)]
     assert found, f"the README has no command {' '.join(start)}"
     return list(dict.fromkeys(found))
 
@@ -63,7 +67,8 @@ def test_every_command_is_of_a_kind_that_is_checked_here():
         "pytest",
         "ldm",
     )
-    assert [words for words in commands(README) if not shown(words).startswith(known)] == []
+    lines = commands(README) + commands(CHECKPOINTS) + commands(DATA)
+    assert [words for words in lines if not shown(words).startswith(known)] == []
 
 
 # ---- set-up ----------------------------------------------------------------------------------------------
@@ -82,7 +87,7 @@ def test_ci_runs_the_two_commands_as_they_stand():
     assert done.stdout == "".join(SET_UP)
 
 
-@pytest.mark.parametrize("script", [".ci/run", "slurm/train.sbatch"])
+@pytest.mark.parametrize("script", [".ci/run", "slurm/train.sbatch", "slurm/data_cache.sbatch"])
 def test_shell_scripts_are_well_formed(script):
     done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
@@ -115,10 +120,10 @@ def test_training_commands_compose(words):
 
 @pytest.mark.parametrize("words", of("sbatch", "slurm/train.sbatch"), ids=shown)
 def test_slurm_commands_compose(words):
-    script = (ROOT / "slurm" / "train.sbatch").read_text(encoding="utf-8")
-    added = re.search(r'train\.py "\$@" (.+)$', script, re.M)[1].split()
+    script = (ROOT / "slurm" / "launch.sh").read_text(encoding="utf-8")
+    added = re.search(r'set -- "\$@" (trainer=.+)$', script, re.M)[1].split()
     [cfg] = composed([*words, *added])
-    assert cfg.trainer.strategy == "ddp"
+    assert cfg.trainer.strategy["_target_"] == "ldm.training.strategies.ddp"
 
 
 # ---- sample ----------------------------------------------------------------------------------------------
@@ -127,7 +132,8 @@ def test_slurm_commands_compose(words):
 @pytest.fixture
 def folder(make_run, tmp_path, monkeypatch):
     """A working directory with a tiny run of the quickstart's name, and what its commands read."""
-    make_run(tmp_path / "runs" / "quickstart", config={"run_name": "quickstart"})
+    for home in ("runs/quickstart", "weights/sd15"):
+        make_run(tmp_path / home, config={"run_name": "quickstart"})
     for name in ("sketch", "mask"):
         Image.new("RGB", (40, 30), "white").save(tmp_path / f"{name}.png")
     (tmp_path / "prompts.txt").write_text("a pizza --n blurry --d 7 --s 2 --ss euler_a\na tree\n")
@@ -168,6 +174,10 @@ class Parser(cli.Parser):
         super().parse_args(args, namespace)
         raise Parsed
 
+    def parse_intermixed_args(self, args=None, namespace=None):
+        super().parse_intermixed_args(args, namespace)
+        raise Parsed
+
 
 @pytest.mark.parametrize("words", of("ldm"), ids=shown)
 def test_ldm_commands_parse(words):
@@ -190,12 +200,22 @@ def test_the_layout_is_the_trees():
     assert parts == {name for name in named if name.startswith("ldm/")}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/reading.md", "docs/log.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/reading.md", "docs/log.md"])
 def test_nothing_is_left_open(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
     assert re.findall(r"@@\w+@@", text) == []
+
+
+def test_the_data_page_explains_every_reason():
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", DATA, re.M)
+    assert dict(rows) == MEANING
+
+
+def test_the_data_page_is_five_commands():
+    section = DATA.split("## Five commands")[1].split("\n## ")[0]
+    assert len(commands(section)) == 5
 
 
 def names_in(body, prefix=""):
@@ -210,7 +230,7 @@ def names_in(body, prefix=""):
             yield from (prefix + target.id for target in targets if isinstance(target, ast.Name))
 
 
-@pytest.mark.parametrize(("file", "symbol"), sorted(set(SYMBOL.findall(READING + README))))
+@pytest.mark.parametrize(("file", "symbol"), sorted(set(SYMBOL.findall(READING + README + DATA))))
 def test_symbols_exist(file, symbol):
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     assert symbol in set(names_in(tree.body))

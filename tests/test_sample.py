@@ -333,6 +333,7 @@ sys.exit(max(os.waitpid(child, 0)[1] for child in children))
 """
 
 
+@pytest.mark.slow
 def test_64_prompts_over_4_processes_are_the_files_of_one(sample, tiny_run, tmp_path, monkeypatch, capsys):
     lines = [f"fruit {i}" + (" --s 2 --ss euler_a" if 20 <= i < 30 else "") for i in range(64)]
     (tmp_path / "p.txt").write_text("\n".join(lines))

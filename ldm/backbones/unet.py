@@ -69,13 +69,13 @@ class MidLevel(UNetLevel):
 
 
 class UpLevel(UNetLevel):
-    def forward(self, x: Tensor, skips: list[Tensor], told: Told) -> Tensor:
-        """Takes its skips off the end of `skips`; enlarges to the size of the next one."""
-        for i in range(len(self.resnets)):
-            x = torch.cat([x, skips.pop()], dim=1)
+    def forward(self, x: Tensor, skips: Sequence[Tensor], told: Told, size: Sequence[int]) -> Tensor:
+        """Takes its `skips`, one a resnet, the last first; enlarges to `size`, if at all."""
+        for i, skip in enumerate(reversed(skips)):
+            x = torch.cat([x, skip], dim=1)
             x = self.attention(i, self.resnet(i, x, told), told)
         for upsample in self.upsamplers:
-            x = upsample(x, skips[-1].shape[2:])
+            x = upsample(x, size)
         return x
 
 
@@ -95,6 +95,8 @@ class CrossAttentionUNet(nn.Module):
     layers_per_block    resnets a level on the way down (one more on the way up)
     transformer_depth   transformer blocks after each resnet of the level, 0: no attention there
     mid_depth           the same at the bottom; None: that of the deepest level with attention
+    self_attention      False: pixels of the level attend to the context twice, not to each other (SD 2's
+                        upscaler); one value or one a level; the bottom is always True
     num_heads, head_dim exactly one of them: how attention is split; one number or one a level
     context_dim         width of conditioning.context; None: there is none, pixels attend to each other alone
     linear_projection   see `Transformer2D`; False in SD 1, True in SD 2 and XL
@@ -110,6 +112,7 @@ class CrossAttentionUNet(nn.Module):
         layers_per_block: int | Sequence[int] = 2,
         transformer_depth: int | Sequence[int] = (1, 1, 1, 0),
         mid_depth: int | None = None,
+        self_attention: bool | Sequence[bool] = True,
         num_heads: int | Sequence[int] | None = None,
         head_dim: int | Sequence[int] | None = None,
         context_dim: int | None = 768,
@@ -126,6 +129,11 @@ class CrossAttentionUNet(nn.Module):
         depths = per_level("transformer_depth", transformer_depth, len(channels))
         if mid_depth is None:
             mid_depth = next((depth for depth in reversed(depths) if depth), 0)
+        looks = per_level("self_attention", self_attention, len(channels))
+        if not all(looks) and not context_dim:
+            raise ValueError(
+                f"self_attention={self_attention} leaves nothing to attend to: context_dim is None"
+            )
         heads = _heads(channels, [*depths[:-1], max(depths[-1], mid_depth)], num_heads, head_dim)
         for width in channels:
             if width % norm_groups:
@@ -158,13 +166,17 @@ class CrossAttentionUNet(nn.Module):
             linear_projection=linear_projection,
             norm_groups=norm_groups,
         )
+        transformers = [
+            partial(transformer, *sizes, self_attention=bool(look))
+            for *sizes, look in zip(channels, depths, heads, looks, strict=True)
+        ]
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.down_blocks, skips = _down_blocks(channels, layers, depths, heads, resnet, transformer)
+        self.down_blocks, skips = _down_blocks(channels, layers, depths, resnet, transformers)
         self.mid_block = MidLevel(
             [resnet(channels[-1], channels[-1]) for _ in range(2 if mid_depth else 1)],  # as diffusers has it
             [transformer(channels[-1], mid_depth, heads[-1])] if mid_depth else [],
         )
-        self.up_blocks = _up_blocks(channels, layers, depths, heads, resnet, transformer, skips)
+        self.up_blocks = _up_blocks(channels, layers, depths, resnet, transformers, skips)
         self.conv_norm_out = nn.GroupNorm(norm_groups, channels[0], EPS)
         self.conv_out = zeroed(nn.Conv2d(channels[0], out_channels, 3, padding=1))
 
@@ -189,8 +201,10 @@ class CrossAttentionUNet(nn.Module):
         for down in self.down_blocks:
             skips += down(skips[-1], told)
         x = self.mid_block(skips[-1], told)
-        for up in self.up_blocks:
-            x = up(x, skips, told)
+        for up in self.up_blocks:  # nothing that a level is given is changed: FSDP's hooks hand on copies
+            rest = len(skips) - len(up.resnets)  # type: ignore[arg-type]
+            x = up(x, skips[rest:], told, skips[max(rest - 1, 0)].shape[2:])
+            skips = skips[:rest]
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def _check(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> None:
@@ -240,9 +254,8 @@ def _down_blocks(
     channels: tuple[int, ...],
     layers: tuple[int, ...],
     depths: tuple[int, ...],
-    heads: tuple[int, ...],
     resnet: Callable[..., nn.Module],
-    transformer: Callable[..., nn.Module],
+    transformers: Sequence[Callable[[], nn.Module]],
 ) -> tuple[nn.ModuleList, list[int]]:
     """The levels on the way down, and the channels of every output that the way up takes, conv_in's first."""
     levels = nn.ModuleList()
@@ -253,7 +266,7 @@ def _down_blocks(
         levels.append(
             DownLevel(
                 [resnet(c, width) for c in incoming],
-                [transformer(width, depths[i], heads[i]) for _ in incoming if depths[i]],
+                [transformers[i]() for _ in incoming if depths[i]],
                 downsamplers=[Downsample(width)] if down else [],
             )
         )
@@ -265,9 +278,8 @@ def _up_blocks(
     channels: tuple[int, ...],
     layers: tuple[int, ...],
     depths: tuple[int, ...],
-    heads: tuple[int, ...],
     resnet: Callable[..., nn.Module],
-    transformer: Callable[..., nn.Module],
+    transformers: Sequence[Callable[[], nn.Module]],
     skips: Sequence[int],
 ) -> nn.ModuleList:
     """The levels on the way up, lowest resolution first; each resnet takes one of `skips`, the last first."""
@@ -280,7 +292,7 @@ def _up_blocks(
         levels.append(
             UpLevel(
                 [resnet(c + remaining.pop(), width) for c in arriving],
-                [transformer(width, depths[i], heads[i]) for _ in arriving if depths[i]],
+                [transformers[i]() for _ in arriving if depths[i]],
                 upsamplers=[Upsample(width)] if i > 0 else [],
             )
         )

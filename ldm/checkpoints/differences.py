@@ -17,8 +17,11 @@ MAY_CHANGE_ON_RESUME = (  # dotted prefixes: what decides where and how fast, ne
     "trainer.max_time",
     "trainer.log_every_n_steps",
     "trainer.profiler",
-    "autoencoder_from",  # another place for the same network: its sha256 is compared
+    "autoencoder_from",  # another place for the same network: its content is compared
+    "conditioner_from",
     "data.shards",  # likewise: the digest of the samples is compared
+    "data.mix",
+    "data.allow_incomplete",
     "data.validation_shards",
     "data.folder",
     "data.index_dir",
@@ -29,8 +32,12 @@ MAY_CHANGE_ON_RESUME = (  # dotted prefixes: what decides where and how fast, ne
     "data.multiprocessing_context",
     "data.validation_batch_size",
     "data.cache_dir",
+    "data.cache_gb",
+    "data.reading",
+    "data.stage",
     "data.allow_pipe",
     "data.rebase",
+    "data.budget",
     "backbone.gradient_checkpointing",
     "optimizer.fused",
     "deterministic",
@@ -46,6 +53,7 @@ MAY_CHANGE_ON_RESUME = (  # dotted prefixes: what decides where and how fast, ne
     "run_root",
     "resume",
     "init_from",
+    "required",
 )
 
 

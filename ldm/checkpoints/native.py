@@ -12,13 +12,13 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 import ldm
 from ldm.checkpoints.files import (
@@ -31,15 +31,20 @@ from ldm.checkpoints.files import (
     write,
     write_tensors,
 )
+from ldm.checkpoints.lazy import LazyTensor
 from ldm.checkpoints.networks import load_network, network_entry, network_path, store_network
-from ldm.checkpoints.optimizer import flatten_optimizer, restore_optimizer
 from ldm.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "clean",
-    "flatten_optimizer",
+    "complete",
+    "fingerprint",
     "load_document",
     "load_network",
+    "load_state",
     "load_tensors",
     "network_entry",
     "network_path",
@@ -48,13 +53,13 @@ __all__ = [
     "prune",
     "require_space",
     "resolve",
-    "restore_optimizer",
     "save",
+    "save_at",
     "store_network",
     "verify",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: no files of several ranks, no metrics in state.json
 MANIFEST = "MANIFEST.json"
 NEWER = "is newer than this program's"
 STAGES = ("diffusion", "autoencoder")  # the order in which a run is asked for its checkpoints
@@ -70,7 +75,7 @@ log = logging.getLogger(__name__)
 def save(
     root: Path,
     step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    tensors: Mapping[str, Mapping[str, Tensor | LazyTensor]],
     documents: Mapping[str, str | dict[str, Any]],
 ) -> Path:
     """Write `root/step-NNNNNNNNN/` and return it; one that is there already and good stays as it is.
@@ -81,19 +86,54 @@ def save(
     target = root / f"step-{step:09d}"
     if target.exists() and problem(target) is None:
         return target
+    return save_at(target, step, tensors, documents)
+
+
+def save_at(
+    target: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor | LazyTensor]],
+    documents: Mapping[str, str | dict[str, Any]],
+) -> Path:
+    """Write a checkpoint into a folder of any name, one tensor in memory at a time; what was there goes."""
     with staged(target) as folder:
-        for name, values in tensors.items():
-            write_tensors(folder / f"{name}.safetensors", values)
-        for name, content in documents.items():
-            text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
-            write(folder / name, text)
-        files = {file.name: _fingerprint(file) for file in sorted(folder.iterdir())}
-        write(folder / MANIFEST, _manifest({"step": step, "ldm": ldm.__version__, "files": files}))
+        names = {name: f"{name}.safetensors" for name in tensors}
+        files = {names[name]: write_tensors(folder / names[name], tensors[name]) for name in tensors}
+        complete(folder, step, documents, files)
     return target
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def complete(
+    folder: Path, step: int, documents: Mapping[str, str | dict[str, Any]], files: Mapping[str, Any]
+) -> None:
+    """Add documents and manifest to a folder that has the tensors; `files` maps those to `fingerprint`."""
+    for name, content in documents.items():
+        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+        write(folder / name, text)
+    files = {**files, **{name: fingerprint(folder / name) for name in documents}}
+    files = dict(sorted(files.items()))
+    write(folder / MANIFEST, _manifest({"step": step, "ldm": ldm.__version__, "files": files}))
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
     return {"bytes": path.stat().st_size, "sha256": digest(path)}
+
+
+# state.json of a version -> that of the next one
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda state: {"metrics": {}, **state}
+}
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint as this program writes it, whatever version wrote it."""
+    state, version = dict(load_document(path, "state.json")), FORMAT_VERSION
+    if (path / MANIFEST).is_file():
+        version = load_document(path, MANIFEST)["format_version"]
+    for older in range(version, FORMAT_VERSION):
+        state = MIGRATIONS[older](state)
+    return state
 
 
 def _manifest(content: Mapping[str, Any]) -> str:
@@ -103,21 +143,54 @@ def _manifest(content: Mapping[str, Any]) -> str:
     return json.dumps({**content, "sha256": own}, indent=1) + "\n"
 
 
-def require_space(root: Path, needed: int) -> None:
-    """Raise an InputError unless `needed` bytes fit on the disk of `root`; to be asked before training."""
+def require_space(root: Path, needed: int, other: str = "set run_root=... to another disk") -> None:
+    """Raise an InputError unless `needed` bytes fit on the disk of `root`; to be asked before training.
+
+    `other` is how the user chooses another place.
+    """
     existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
     if needed > free:
         what = f"needs {needed / 1e9:.1f} GB free for a checkpoint, {free / 1e9:.1f} GB are"
-        raise InputError(f"{root}", what, "free some space, or set run_root=... to another disk")
+        raise InputError(f"{root}", what, f"free some space, or {other}")
 
 
-def prune(root: Path, keep_last: int, every: int | None = None) -> None:
-    """Delete all but the last `keep_last` checkpoints and those whose step is a multiple of `every`."""
+@dataclass(frozen=True)
+class Best:
+    """The `count` checkpoints with the lowest (`mode` min) or highest (max) `metric`; of equals the first."""
+
+    metric: str = "validation/loss"
+    mode: str = "min"
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("min", "max") or self.count < 1:
+            what = f"mode is {self.mode!r} and count {self.count}"
+            raise InputError("callbacks.checkpoint.keep_best", what, "mode: min or max; count: from 1")
+
+    def of(self, paths: Iterable[Path]) -> list[Path]:
+        """Those of `paths`; checkpoints that do not know the metric, or have no number for it, never are."""
+        found, others = [], set()
+        for path in paths:
+            with contextlib.suppress(InputError, OSError, ValueError, KeyError, TypeError):
+                metrics = load_document(path, "state.json")["metrics"]
+                others |= {name for name in metrics if name.startswith(self.metric.split("/")[0])}
+                value = float(metrics[self.metric])
+                if not math.isnan(value):
+                    found.append((value if self.mode == "min" else -value, path.name, path))
+        if others and self.metric not in others:
+            log.warning("keep_best: no checkpoint has %s, but %s", self.metric, ", ".join(sorted(others)))
+        return [path for *_, path in sorted(found)[: self.count]]
+
+
+def prune(root: Path, keep_last: int, every: int | None = None, best: Best | None = None) -> None:
+    """Delete all but the last `keep_last` checkpoints, those of a multiple of `every` steps, and the best."""
     if keep_last < 1:
         raise ValueError(f"keep_last={keep_last}: a run keeps at least 1 checkpoint")
-    for path in _steps(root)[keep_last:]:
-        if not every or int(path.name.removeprefix("step-")) % every:
+    steps = _steps(root)
+    kept = {*steps[:keep_last], *(best.of(steps) if best is not None else ())}
+    for path in steps:
+        if path not in kept and (not every or int(path.name.removeprefix("step-")) % every):
             remove(path)
 
 
@@ -137,7 +210,7 @@ def problem(path: Path, files: Collection[str] | None = None) -> tuple[str, str]
     del content["sha256"]  # _manifest computes it again: this rule holds for every format_version
     if _manifest(content) != text:
         return MANIFEST, "is damaged"
-    if content["format_version"] != FORMAT_VERSION:
+    if content["format_version"] > FORMAT_VERSION:
         return MANIFEST, f"format_version {content['format_version']} {NEWER} ({FORMAT_VERSION})"
     for name, facts in listed.items():
         if not (path / name).is_file():
@@ -155,24 +228,25 @@ def verify(path: Path, files: Collection[str] | None = None) -> None:
     """Raise an InputError that names the damaged file and the newest good neighbour; `files` as above."""
     if found := problem(path, files):
         name, what = found
-        raise InputError(f"{path / name}", what, _advice(path, what))
+        raise InputError(f"{path / name}", what, _advice(path, what, files))
 
 
-def _advice(path: Path, what: str) -> str:
+def _advice(path: Path, what: str, files: Collection[str] | None) -> str:
     if NEWER in what:
         return "update ldm"
-    good = next((other for other in _steps(path.parent) if other != path and problem(other) is None), None)
+    others = (other for other in _steps(path.parent) if other != path)
+    good = next((other for other in others if problem(other, files) is None), None)
     return f"newest good checkpoint: {good.name}" if good else "no other checkpoint beside it is good"
 
 
-def newest(root: Path) -> Path | None:
+def newest(root: Path, files: Collection[str] | None = None) -> Path | None:
     """The last good checkpoint in `root`; says which bad ones it passed over. A newer format is an error."""
     for path in _steps(root):
-        found = problem(path)
+        found = problem(path, files)
         if found is None:
             return path
         if NEWER in found[1]:
-            verify(path)
+            verify(path, files)
         log.warning("%s: %s; trying the checkpoint before it", path / found[0], found[1])
     return None
 
@@ -186,11 +260,17 @@ def _steps(root: Path) -> list[Path]:
 # ---- finding -------------------------------------------------------------------------------------------
 
 
-def resolve(path: Path, stage: str | None = None, where: str = "checkpoint") -> Path:
+def resolve(
+    path: Path,
+    stage: str | None = None,
+    where: str = "checkpoint",
+    files: Collection[str] | None = None,
+) -> Path:
     """The good checkpoint directory that `path` means: itself, or the newest in a run, a stage, a folder.
 
     A run of several stages answers with the last that has a checkpoint, unless `stage` says which.
-    `where` is the option that gave the path, for messages. What is returned has been verified.
+    `where` is the option that gave the path, for messages. What is returned has been verified; `files` as
+    above.
     """
     path = Path(path)
     place = f"{where}={path}"
@@ -202,14 +282,14 @@ def resolve(path: Path, stage: str | None = None, where: str = "checkpoint") -> 
     if not path.is_dir():
         raise InputError(place, "no such checkpoint", "give a run, or a checkpoint directory")
     if (path / MANIFEST).is_file() or NAME.fullmatch(path.name):
-        verify(path)
+        verify(path, files)
         return path
     stages = _stages(path)
     if stages and stage is not None:
         stages = [path / stage]
     folders = [folder for home in stages or [path] for folder in (home / "checkpoints", home)]
     for folder in folders:
-        if found := newest(folder):
+        if found := newest(folder, files):
             return found
     damaged = sum(len(_steps(folder)) for folder in folders)
     what = f"no good checkpoint ({damaged} damaged)" if damaged else "no such checkpoint"

@@ -1,4 +1,4 @@
-"""Frozen networks that were trained here, stored once per run under the hash of their content.
+"""Frozen networks that came from a checkpoint, stored once per run under the hash of their content.
 
 `networks/<sha256>/` holds model.safetensors and config.yaml. A checkpoint refers to it by a relative path, so
 that a run can be moved or copied as a whole; the hash is verified on every load.
@@ -11,18 +11,19 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from ldm.checkpoints.files import digest, load_document, load_tensors, staged, sync, write, write_tensors
+from ldm.checkpoints.files import digest, load_document, staged, sync, write, write_tensors
+from ldm.checkpoints.lazy import LazyTensor, open_safetensors
 from ldm.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILES = ("model.safetensors", "config.yaml")
 
 
-def store_network(run_dir: Path, tensors: Mapping[str, Tensor], config_yaml: str) -> str:
+def store_network(run_dir: Path, tensors: Mapping[str, Tensor | LazyTensor], config_yaml: str) -> str:
     """Put a network into the run's `networks/` unless it is there; returns the sha256 that names it."""
     scratch = run_dir / "networks" / "new"
     with staged(scratch) as folder:
@@ -57,16 +58,22 @@ def network_path(checkpoint_dir: Path, entry: Mapping[str, Any]) -> Path:
     return Path(os.path.normpath(checkpoint_dir.absolute() / str(entry["path"])))
 
 
-def load_network(
-    checkpoint_dir: Path, entry: Mapping[str, Any], device: torch.device | str = "cpu"
-) -> tuple[dict[str, Tensor], str]:
+def load_network(checkpoint_dir: Path, entry: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
     """(tensors, config YAML) of a network that a checkpoint refers to, after its hash is found right."""
+    tensors, text = open_network(checkpoint_dir, entry)
+    return {name: value.read() for name, value in tensors.items()}, text
+
+
+def open_network(
+    checkpoint_dir: Path, entry: Mapping[str, Any], hashed: bool = True
+) -> tuple[dict[str, LazyTensor], str]:
+    """The same, its tensors not read yet; `hashed` False: its files are not read to find the hash right."""
     path = network_path(checkpoint_dir, entry)
     if not path.is_dir():
         fix = "move or copy the whole run, with its networks/ folder, and open that"
         raise InputError(f"{path}", f"not found, but {checkpoint_dir.name} needs this network", fix)
-    if _content_hash(path) != entry["sha256"]:
+    if hashed and _content_hash(path) != entry["sha256"]:
         raise InputError(
             f"{path}", "the network's sha256 is not the one its checkpoint names", "restore a copy"
         )
-    return load_tensors(path, "model", device), load_document(path, "config.yaml")
+    return open_safetensors(path / FILES[0])[0], load_document(path, FILES[1])

@@ -10,27 +10,26 @@ move evenly come out exactly, however few snapshots there are.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm.checkpoints.files import load_document, load_tensors, staged, write_tensors
-from ldm.checkpoints.native import NAME, save
+from ldm.checkpoints.native import NAME, load_state, save
 from ldm.checkpoints.networks import load_network, network_entry, store_network
+from ldm.checkpoints.pieces import open_pieces
 from ldm.errors import InputError
 
 FOLDER = "ema"  # of a stage: step-000005000/ema-0.05.safetensors, and so on
 LONGEST = 12**-0.5  # length of the plain mean over the whole run, exponent 0
 WORST = 0.05  # largest error of a profile that is still passed off as it, relative L2 norm
-FILE = re.compile(r"ema-([0-9.e-]+)\.safetensors")  # in a snapshot, and in a checkpoint
+FILE = re.compile(r"ema-([0-9.e-]+?)(\.rank-\d+-of-\d+)?\.safetensors")  # in a snapshot, and in a checkpoint
 
 
 class Profile(NamedTuple):
@@ -110,18 +109,12 @@ class Combination:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 tensor) one by one, summed in float64: no more than a tensor is held at a time."""
-        with contextlib.ExitStack() as stack:
-            try:
-                files = [stack.enter_context(safe_open(path, "pt")) for path, _ in self.terms]
-            except SafetensorError as error:
-                raise InputError("snapshots", f"one is not a safetensors file ({error})") from None
-            for name in files[-1].keys():  # noqa: SIM118 - a safetensors file is no mapping
-                total = sum(
-                    file.get_tensor(name).double() * factor
-                    for file, (_, factor) in zip(files, self.terms, strict=True)
-                )
-                assert isinstance(total, Tensor)
-                yield name, total.float()
+        files = [open_pieces(path.parent, path.stem) for path, _ in self.terms]
+        for name in files[-1]:
+            pairs = zip(files, self.terms, strict=True)
+            total = sum(file[name].read().double() * factor for file, (_, factor) in pairs)
+            assert isinstance(total, Tensor)
+            yield name, total.float()
 
 
 def combine(checkpoint: Path, length: float, step: int | None = None, where: str = "length") -> Combination:
@@ -130,10 +123,10 @@ def combine(checkpoint: Path, length: float, step: int | None = None, where: str
     The checkpoint holds the last of the averages, in float32; earlier snapshots lie in the stage's folder.
     """
     stage = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    last = int(load_document(checkpoint, "state.json")["step"])
+    last = int(load_state(checkpoint)["step"])
     folders = {s: path for s, path in snapshots(stage / FOLDER).items() if s < last} | {last: checkpoint}
     files = {
-        Profile(s, float(name[1])): path
+        Profile(s, float(name[1])): folder / f"ema-{name[1]}.safetensors"
         for s, folder in folders.items()
         for path in sorted(folder.iterdir())
         if (name := FILE.fullmatch(path.name))
@@ -174,8 +167,8 @@ def store(checkpoint: Path, out: Path, average: Combination) -> Path:
     """
     if out.exists():
         raise InputError(f"{out}", "is there already", "choose a new folder")
-    state = load_document(checkpoint, "state.json")
-    kept = {key: state[key] for key in ("step", "images", "latents_measured") if key in state}
+    state = load_state(checkpoint)
+    kept: dict[str, Any] = {key: state[key] for key in ("step", "images", "latents_measured") if key in state}
     kept["ema"] = {**average.profile._asdict(), "error": average.error, "snapshots": len(average.terms)}
     tensors = {"model": load_tensors(checkpoint, "model"), "ema": dict(average.tensors())}
     try:

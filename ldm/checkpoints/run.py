@@ -14,18 +14,21 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from ldm.checkpoints.differences import ABSENT, differences
-from ldm.checkpoints.files import clean, write
+from ldm.checkpoints.files import clean, replace, spared
 from ldm.config import from_yaml, plain, to_yaml
 from ldm.errors import InputError, global_rank
 
 RECORD, LOCK, CONFIG = "run.json", "run.lock", "config.yaml"
+EVENTS = 200  # newest kept in run.json
+WAIT = 5.0  # seconds that a thread waits for another one that writes run.json
 
 log = logging.getLogger(__name__)
 _held: set[int] = set()  # descriptors of the locks that this process holds
@@ -62,16 +65,23 @@ class Stage:
 
 
 class RunDirectory:
-    """`root/name`; nothing is written before `start`, and nothing ever by a rank other than 0."""
+    """`root/name`; nothing is written before `start`, and nothing ever by a rank other than 0.
 
-    def __init__(self, root: Path | str, name: str, rank: int | None = None) -> None:
+    `planned`: names of the stages that the run is to have, noted for who looks from outside.
+    """
+
+    def __init__(
+        self, root: Path | str, name: str, rank: int | None = None, planned: Sequence[str] = ()
+    ) -> None:
         place = PurePosixPath(str(name))
         if not place.parts or place.is_absolute() or ".." in place.parts:
             raise InputError(f"run_name={name}", "is not a name for a folder", "use letters, digits, - and _")
         self.name = str(name)
         self.path = Path(root) / self.name
         self.rank = global_rank() if rank is None else rank
+        self.planned = list(planned)
         self._started = False
+        self._writing = threading.Lock()  # of run.json: the watchdog and the loggers have threads
 
     def stage(self, name: str = "") -> Stage:
         """The folder of a stage, or the run itself for a run of one stage."""
@@ -103,25 +113,53 @@ class RunDirectory:
         for folder in (self.networks, self.stage().checkpoints, *self.path.glob("*/checkpoints")):
             clean(folder)
         record = self.record()
-        if record:
+        if "restarts" in record:
             record["restarts"] += 1
         else:
             created = datetime.now(UTC).isoformat(timespec="seconds")
-            record = {"name": self.name, "created": created, "restarts": 0, "slurm_jobs": [], "stages": {}}
+            record = {
+                "name": self.name,
+                "created": created,
+                "restarts": 0,
+                "slurm_jobs": [],
+                "stages": {},
+                **record,
+            }
+        if self.planned:
+            record["planned"] = self.planned
         job = os.environ.get("SLURM_JOB_ID")
         if job and job not in record["slurm_jobs"]:
             record["slurm_jobs"].append(job)
         self._replace(RECORD, json.dumps(record, indent=1) + "\n")
 
-    def note(self, **values: Any) -> None:
-        """Add facts, such as a logger's id, to run.json."""
-        if self.rank == 0:
-            self._replace(RECORD, json.dumps({**self.record(), **values}, indent=1) + "\n")
+    def note(self, needed: bool = False, **values: Any) -> None:
+        """Add facts, such as a logger's id, to run.json; training goes on where that cannot be written.
+
+        needed: it does not, but raises OSError.
+        """
+        self._change(lambda record: {**record, **values}, needed)
+
+    def event(self, kind: str, step: int | None, what: str = "") -> None:
+        """Add to the events of run.json, of which the newest stay; goes on where it cannot be written."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        event = {"time": now, "kind": kind, "step": step, "what": " ".join(what.split())}
+        self._change(lambda record: {**record, "events": [*record.get("events", []), event][-EVENTS:]})
+
+    def _change(self, change: Callable[[dict[str, Any]], dict[str, Any]], needed: bool = False) -> None:
+        """Read run.json, change it, write it: on rank 0, and no two threads at once."""
+        if self.rank != 0:
+            return
+        mine = self._writing.acquire(timeout=WAIT)  # a disk that hangs may hold the other thread for good
+        try:
+            with contextlib.nullcontext() if needed else spared(f"{self.path / RECORD}"):
+                self._replace(RECORD, json.dumps(change(self.record()), indent=1) + "\n")
+        finally:
+            if mine:
+                self._writing.release()
 
     def finish(self, stage: str, result: str) -> None:
         """Note that a stage is done, with its result as one line for the reader."""
-        if self.rank == 0:
-            self.note(stages={**self.record()["stages"], stage: result})
+        self._change(lambda record: {**record, "stages": {**record.get("stages", {}), stage: result}})
 
     def finished(self, stage: str) -> str | None:
         """The result line of a stage that is done, else None."""
@@ -216,11 +254,7 @@ class RunDirectory:
             raise InputError(f"{self.path}", what, "set run_root=... to a folder of yours") from None
 
     def _replace(self, name: str, text: str) -> None:
-        """A file with new content, at once: readers see the old one or the new one."""
-        file = self.path / name
-        new = file.with_name(f"{file.name}.new")
-        write(new, text)
-        os.replace(new, file)
+        replace(self.path / name, text)
 
 
 def _shown(value: Any) -> str:

@@ -13,7 +13,10 @@ from ldm.types import Batch, Conditioning
 class ConditionerModule(nn.Module):
     """Batch to conditioning. The widths say which fields it gives; training checks them on the backbone.
 
-    tokenizer   captions -> tokens for data workers, picklable; None: it reads no text
+    tokenizer     captions -> tokens for data workers, picklable; None: it reads no text
+    source_scale  in sampling it is shown a picture, so many times smaller than what is drawn; None: it is not
+    needs_source  and cannot do without
+    draws_only    no training data has what it reads
     """
 
     tokenizer: Any = None
@@ -21,6 +24,10 @@ class ConditionerModule(nn.Module):
     pooled_dim: int | None = None
     num_classes: int | None = None  # rows of the embedding of its label, the null class included
     concat_channels: int = 0
+    source_scale: int | None = None
+    needs_source: bool = False
+    draws_only: bool = False
+    unfilled: bool = False  # its weights are to come from a checkpoint; until then they mean nothing
 
     def forward(self, batch: Batch) -> Conditioning:
         raise NotImplementedError
@@ -33,6 +40,12 @@ class ConditionerModule(nn.Module):
 
     def use_autoencoder(self, autoencoder: Any) -> None:
         """Take what is needed of the frozen autoencoder, which stays somebody else's; called before use."""
+
+    def towers(self) -> ConditionerModule | None:
+        """What of it reads captions, if none of that is trained here: its outputs may be made beforehand,
+        and come as `batch.context` and its companions. None: nothing.
+        """
+        return None
 
     def reading(self, weighted: bool = False, clip_skip: int = 1) -> Self:
         """This conditioner with another way of reading prompts, and the same weights: `TextConditioner`."""

@@ -7,6 +7,7 @@ b batch, l tokens, d width, p pooled width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,6 +50,9 @@ class Combined(ConditionerModule):
             setattr(self, width, sum(getattr(part, width) or 0 for part in self._all()) or None)
         self.concat_channels = sum(part.concat_channels for part in self._all())
         self.num_classes = next((part.num_classes for part in self._all() if part.num_classes), None)
+        self.source_scale = next((part.source_scale for part in self._all() if part.source_scale), None)
+        self.needs_source = any(part.needs_source for part in self._all())
+        self.draws_only = any(part.draws_only for part in self._all())
 
     def _all(self) -> list[Any]:
         return list(self.parts.values())
@@ -68,8 +72,25 @@ class Combined(ConditionerModule):
         read = {name: part.reading(weighted, clip_skip) for name, part in parts.items() if part.tokenizer}
         return Combined(parts | read)
 
+    def towers(self) -> Combined | None:
+        parts: dict[str, Any] = dict(self.parts.items())
+        readers = {name: part.towers() for name, part in parts.items() if part.tokenizer is not None}
+        return Combined(readers) if readers and all(readers.values()) else None
+
     def forward(self, batch: Batch) -> Conditioning:
-        return self._joined([part(batch) for part in self._all()])
+        batches = iter(self._shares(batch))
+        own = [batch if part.tokenizer is None else next(batches) for part in self._all()]
+        return self._joined([part(given) for part, given in zip(self._all(), own, strict=True)])
+
+    def _shares(self, batch: Batch) -> list[Batch]:
+        """For each part that reads captions the batch with its own of the outputs made beforehand."""
+        readers = self._readers()
+        if batch.context is None:
+            return [batch] * len(readers)
+        contexts = batch.context.split([part.context_dim for part in readers], -1)
+        widths = [part.pooled_dim or 0 for part in readers]
+        pooled = [None] * len(readers) if batch.pooled is None else batch.pooled.split(widths, -1)
+        return [replace(batch, context=c, pooled=p) for c, p in zip(contexts, pooled, strict=True)]
 
     def null(self, given: Conditioning) -> Conditioning:
         return self._joined(

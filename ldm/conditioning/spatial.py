@@ -1,7 +1,7 @@
-"""Pictures joined to the latents: the rest of a picture to be painted into, a small one to be enlarged.
+"""Pictures joined to the latents: the rest of one to be painted into, a small one to be enlarged, depth.
 
-Rombach et al. 2022, sections 4.4 and 4.5. Both keep what they show where captions are dropped. In training
-everything random is a function of (seed, n, purpose).
+Rombach et al. 2022, sections 4.4 and 4.5; Stable Diffusion 2. All keep what they show where captions are
+dropped. In training everything random is a function of (seed, n, purpose).
 b batch, c latent channels, h w latent size, H W picture size.
 """
 
@@ -22,11 +22,12 @@ BOXES, STROKES = 4, 8  # the most that a mask is made of
 
 
 class Shown(ConditionerModule):
-    """What both share: pictures in [-1, 1] in the network's number format, and a null that keeps them."""
+    """What all share: pictures in [-1, 1] in the network's number format, and a null that keeps them."""
 
+    source_scale = 1
     grey: Tensor  # 127.5, also says device and number format
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.seed = seed
         self.register_buffer("grey", torch.tensor(127.5), persistent=False)
@@ -85,6 +86,8 @@ class Upscaling(Shown):
     made h x w if `batch.target_size` is known.
     """
 
+    needs_source = True
+
     def __init__(
         self,
         noise_scheduler: Any,
@@ -103,7 +106,7 @@ class Upscaling(Shown):
         self.max_noise_level, self.num_classes, self.concat_channels = max_noise_level, num_classes, 3
 
     def use_autoencoder(self, autoencoder: Any) -> None:
-        self.factor = autoencoder.factor
+        self.factor = self.source_scale = autoencoder.factor
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Conditioning:
@@ -126,6 +129,41 @@ class Upscaling(Shown):
             for f in (self.noise_scheduler.alpha, self.noise_scheduler.sigma)
         )
         return Conditioning(concat=alpha * low + sigma * noise, label=level)
+
+
+class Depth(Shown):
+    """concat [b 1 h w]: a map of depth, its own least value -1 and its greatest 1; a flat one is -1.
+
+    The map is the mean of the channels of `batch.source`, made h x w as Stable Diffusion 2's was: bicubic
+    without antialiasing.
+    """
+
+    concat_channels = 1
+    needs_source = draws_only = True
+
+    def use_autoencoder(self, autoencoder: Any) -> None:
+        self.factor = autoencoder.factor
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> Conditioning:
+        if batch.source is None:
+            raise ValueError("a conditioner on depth needs a map of it: batch.source, in sampling init_image")
+        grey = batch.source.float().mean(1, keepdim=True)
+        grey = F.interpolate(grey, self._size(batch), mode="bicubic", align_corners=False)
+        low = grey.amin((1, 2, 3), keepdim=True)
+        span = grey.amax((1, 2, 3), keepdim=True) - low
+        share = torch.where(span > 1e-2, (grey - low) / span, 0)  # of 255: less is rounding
+        return Conditioning(concat=(2 * share - 1).to(self.grey))
+
+    def _size(self, batch: Batch) -> list[int]:
+        """Height and width of the latents."""
+        if batch.moments is not None:
+            return list(batch.moments.shape[2:])
+        if batch.image is None and batch.target_size is not None:
+            return (batch.target_size[0] // self.factor).tolist()  # type: ignore[no-any-return]  # sampling alone
+        shown = batch.source if batch.image is None else batch.image
+        assert shown is not None
+        return [side // self.factor for side in shown.shape[2:]]
 
 
 def resized(image: Tensor, height: int, width: int) -> Tensor:

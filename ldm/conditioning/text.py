@@ -1,22 +1,20 @@
-"""Captions to context: a CLIP-shaped text transformer trained here, and the frozen towers of open_clip.
+"""Captions to context: what text towers share, and a CLIP-shaped one that is trained here.
 
-The only file that uses open_clip (and imports it late: it takes seconds). Both conditioners keep open_clip's
-parameter names under `text.`, as its CustomTextCLIP does. b batch, l tokens, d width, p pooled width.
+The frozen ones are in frozen.py. No other file uses open_clip (imported late: it takes seconds). Towers keep
+its parameter names under `text.`, as its CustomTextCLIP does. b batch, l tokens, d width, p pooled width.
 Radford et al., "Learning transferable visual models from natural language supervision", 2021.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.conditioning.base import ConditionerModule
 from ldm.conditioning.prompts import Chunk, chunked, emphasised
@@ -28,7 +26,6 @@ PADDING = {
     "zero": 0,
     "end": END,
 }  # how open_clip and the original (OpenAI) tokenizer fill up to context_length
-TEXT_CONFIG = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}  # a CLIP-shaped tower
 
 
 @dataclass(frozen=True)
@@ -203,179 +200,3 @@ class TextTransformer(TextConditioner):
     def encode(self, tokens: Tensor) -> Conditioning:
         pooled, context = self.text(tokens)
         return Conditioning(context=context, pooled=None if self.pooled_dim is None else pooled)
-
-
-class FrozenOpenCLIP(TextConditioner):
-    """The text tower of an open_clip model, never trained: no gradient, no dropout, no training mode.
-
-    `layer` is `last`, `penultimate`, or N for the output of the N-th block; `final_norm` puts the model's
-    last layer norm on it. `pooled` adds the projected end token of the whole tower. SDXL: CLIP ViT-L/14 with
-    layer 11 of 12 and OpenCLIP ViT-bigG/14 with `penultimate` and `pooled`, both without final norm and with
-    `zero_null`, see `TextConditioner`. `pretrained` is a tag of
-    open_clip, a local file (safetensors, or tensors saved by torch) or the word `random`. Blocks that nothing
-    needs are dropped. `context_dim` is what the configuration told the backbone, checked against the tower.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        pretrained: str,
-        layer: str | int = "last",
-        final_norm: bool = True,
-        pooled: bool = False,
-        context_length: int = 77,
-        padding: str = "zero",
-        context_dim: int | None = None,
-        zero_null: bool = False,
-    ) -> None:
-        config, text_config = _model_config(model)
-        depth = _depth(layer, text_config["layers"])
-        if context_length > text_config.get("context_length", 77):
-            raise InputError(
-                f"conditioner.context_length={context_length}",
-                f"{model} has {text_config.get('context_length', 77)} positions",
-                "give at most that",
-            )
-        if context_dim not in (None, text_config["width"]):
-            raise InputError(
-                f"conditioner.context_dim={context_dim}",
-                f"the text tower of {model} has width {text_config['width']}",
-                f"set conditioner.context_dim={text_config['width']}",
-            )
-        path = None if pretrained == "random" else _weights_file(model, pretrained)
-        pooled_dim = config["embed_dim"] if pooled else None
-        super().__init__(Tokenizer(context_length, padding), text_config["width"], pooled_dim, zero_null)
-        import open_clip
-        from open_clip.transformer import QuickGELU
-        from open_clip.transformer import TextTransformer as Tower
-
-        quick = config.get("quick_gelu", False) or open_clip.get_pretrained_cfg(model, pretrained).get(
-            "quick_gelu", False
-        )  # the activation belongs to the weights: ViT-L-14 with the tag openai is quick, too
-        text = Tower(
-            **{**text_config, "context_length": context_length},
-            output_dim=config["embed_dim"],
-            act_layer=QuickGELU if quick else nn.GELU,
-        )
-        if path is not None:
-            _load(text, path, pretrained)
-        if not pooled:
-            text.transformer.resblocks = text.transformer.resblocks[:depth]
-            text.text_projection = None
-        if not pooled and not final_norm:
-            text.ln_final = nn.Identity()
-        self.text, self.depth, self.final_norm = text.requires_grad_(False).eval(), depth, final_norm
-
-    def train(self, mode: bool = True) -> FrozenOpenCLIP:
-        """Stays in evaluation mode whatever the parent asks."""
-        return super().train(False)
-
-    def _skip(self, blocks: int) -> None:
-        if not 0 <= blocks < self.depth:
-            raise InputError(f"clip_skip={blocks + 1}", f"need 1 to {self.depth} for this text tower")
-        self.depth -= blocks
-
-    @torch.no_grad()
-    def encode(self, tokens: Tensor) -> Conditioning:
-        output = self.text.forward_intermediates(
-            tokens,
-            indices=[self.depth - 1],
-            stop_early=self.pooled_dim is None,
-            normalize_intermediates=self.final_norm,
-            intermediates_only=self.pooled_dim is None,
-            output_fmt="NLC",
-        )
-        return Conditioning(context=output["text_intermediates"][0], pooled=output.get("text_features"))
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    """A hint naming the known word most like `word`, or the first few known ones."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known)[:12])}"
-
-
-def _model_config(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """open_clip's description of a model and of its text tower; refuses towers that are not CLIP's."""
-    import open_clip
-
-    where, config = f"conditioner.model={model!r}", open_clip.get_model_config(model)
-    if config is None:
-        raise InputError(where, "no such open_clip model", _nearest(model, open_clip.list_models()))
-    text_config = config["text_cfg"]
-    strange = sorted(set(text_config) - TEXT_CONFIG)
-    if strange:
-        raise InputError(
-            where,
-            f"its text tower is not a plain CLIP transformer ({', '.join(strange)})",
-            "choose one like ViT-L-14-quickgelu, ViT-H-14 or ViT-bigG-14",
-        )
-    return config, text_config
-
-
-def _depth(layer: str | int, layers: int) -> int:
-    """How many blocks run before the context is taken."""
-    depth = {"last": layers, "penultimate": layers - 1}.get(str(layer), layer)
-    if not isinstance(depth, int) or not 1 <= depth <= layers:
-        raise InputError(
-            f"conditioner.layer={layer!r}", "no such layer", f"give last, penultimate or 1 to {layers}"
-        )
-    return depth
-
-
-def _weights_file(model: str, pretrained: str) -> Path:
-    """The local file itself, or the tag's file, which open_clip fetches into its cache on first use."""
-    import open_clip
-
-    where = f"conditioner.pretrained={pretrained!r}"
-    if Path(pretrained).is_file():
-        return Path(pretrained)
-    weights = open_clip.get_pretrained_cfg(model, pretrained)
-    if not weights:
-        if "/" in pretrained or Path(pretrained).suffix in {".safetensors", ".pt", ".pth", ".bin"}:
-            raise InputError(where, "no such file", "give a local file or a tag of open_clip")
-        tags = open_clip.list_pretrained_tags_by_model(model)
-        raise InputError(
-            where,
-            f"open_clip has no such weights for {model}",
-            _nearest(pretrained, tags) if tags else "give a local file",
-        )
-    try:
-        return Path(open_clip.download_pretrained(weights))
-    except Exception as error:  # whatever a network, a hub client or a full disk throws
-        raise InputError(where, "weights not found (offline?)", "give a local file or another tag") from error
-
-
-def _load(text: nn.Module, path: Path, pretrained: str) -> None:
-    """Fill the tower from the weights of a CLIP, CustomTextCLIP or text tower; never runs pickled code."""
-    where = f"conditioner.pretrained={pretrained!r}"
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            found = load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            found = found.get("state_dict", found)
-        found = {key.removeprefix("module.").removeprefix("text."): value for key, value in found.items()}
-    except Exception as error:  # a damaged or foreign file fails in as many ways as there are formats
-        raise InputError(
-            where, f"{path.name} is no file of tensors", "give safetensors, or tensors saved by torch"
-        ) from error
-    wanted = text.state_dict()
-    missing = [key for key in wanted if key not in found]
-    if missing:
-        raise InputError(
-            where,
-            f"{len(missing)} of the text tower's {len(wanted)} tensors are not in it (first: {missing[0]})",
-            "give weights in open_clip's names",
-        )
-    given = {key: found[key] for key in wanted}
-    given["positional_embedding"] = given["positional_embedding"][: len(wanted["positional_embedding"])]
-    for key, value in wanted.items():
-        if given[key].shape != value.shape:
-            raise InputError(
-                where,
-                f"{key} has shape {list(given[key].shape)}, the model needs {list(value.shape)}",
-                "give the model that these weights belong to",
-            )
-    text.load_state_dict(given)

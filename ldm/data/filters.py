@@ -7,23 +7,24 @@ whether such a sample is dropped, kept, or an error. To add one: subclass `Filte
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.data.columns import SIZES, columns_of
-from ldm.data.index import Index
+from ldm.data.columns import columns_of
+from ldm.data.hashes import hash_text, hashes_of, host_of
 from ldm.errors import InputError
 
 Missing = Literal["drop", "keep", "error"]
 Table = Mapping[str, NDArray[Any]]
 Mask = NDArray[np.bool_]
+DIGEST = re.compile(r"[0-9A-Fa-f]{32}|[0-9A-Fa-f]{64}|[0-9A-Fa-f]{128}")  # md5, sha256, sha512
+HOST = re.compile(r"[\w-]+(\.[\w-]+)+\.?")
 
 
 class Filter:
@@ -134,71 +135,84 @@ class CaptionLength(Filter):
         return (columns[0] >= self.min) & (columns[0] <= self.max)
 
 
-@dataclass
-class Selection:
-    """The samples of an index that the filters keep, in index order."""
+@dataclass(frozen=True)
+class OptOut(Filter):
+    """Drop samples whose URL, host or picture is in a list.
 
-    rows: NDArray[np.int64]  # rows of the index
-    counts: NDArray[np.int64]  # kept samples of each shard: what the plan deals
-    digest: str  # of the index's content and of what was kept
-    dropped: dict[str, int]  # filter -> samples that it was the first to reject
-    missing: dict[str, int]  # filter -> those of them that it rejected for a missing value
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def table(self) -> list[str]:
-        """Lines for the log: what each filter dropped."""
-        total = len(self) + sum(self.dropped.values())
-        lines = [f"{len(self):>14,}  kept of {total:,} samples"]
-        for name, count in self.dropped.items():
-            missing = f", {self.missing[name]:,} of them without a value" if self.missing[name] else ""
-            lines.append(f"{count:>14,}  dropped by {name}{missing}")
-        return lines
-
-
-def select(
-    index: Index,
-    filters: Sequence[Filter] = (),
-    where: str = "data.filters",
-    limit: int | None = None,
-) -> Selection:
-    """Apply filters in order, then keep the first `limit`.
-
-    Raises `InputError` if a filter names an unknown column, or nothing is kept.
+    A line of `files` is a URL (compared to the letter), a host (its subdomains are other hosts, `www.` is
+    not) or a hexadecimal digest as the shards' json has it; lines that begin with # say nothing. `missing`
+    is of samples that lack what the list names.
     """
-    table = index.columns
-    keep = np.ones(len(index), bool)
-    dropped: dict[str, int] = {}
-    missing: dict[str, int] = {}
-    for i, condition in enumerate(filters):
-        unknown = [name for name in condition.needs if name not in table]
-        if unknown:
-            raise _unknown(index, unknown[0], f"{where}[{i}]")
-        rejected = keep & ~condition.mask(table)
-        name = str(condition) if str(condition) not in dropped else f"{condition} (again)"
-        dropped[name] = int(rejected.sum())
-        missing[name] = int((rejected & condition.absent(table)).sum())
-        keep &= ~rejected
-    rows = np.flatnonzero(keep)
-    if not rows.size:
-        most = max(dropped, key=lambda name: dropped[name])
+
+    files: str | Sequence[str]
+    missing: Missing = "keep"
+    listed: dict[str, NDArray[np.uint64]] = field(init=False, repr=False, compare=False)  # sorted hashes
+
+    def __post_init__(self) -> None:
+        files = [self.files] if isinstance(self.files, str) else list(self.files)
+        found: dict[str, list[int]] = {}
+        for file in files:
+            for column, value in _opted_out(file):
+                found.setdefault(column, []).append(value)
+        listed = {column: np.unique(np.array(found[column], np.uint64)) for column in sorted(found)}
+        object.__setattr__(self, "listed", listed)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ()  # `mask` says itself what to do about an index without them
+
+    def absent(self, table: Table) -> Mask:
+        return np.logical_or.reduce([self._column(table, name) == 0 for name in self.listed] or [False])
+
+    def mask(self, table: Table) -> Mask:
+        """True where no list names the sample. Raises `InputError` if no sample has the column."""
+        size = len(next(iter(table.values())))
+        keep = np.ones(size, bool)
+        for name, hashes in self.listed.items():
+            values = self._column(table, name)
+            at = np.minimum(np.searchsorted(hashes, values), len(hashes) - 1)
+            keep &= (hashes[at] != values) | (values == 0)
+        if self.missing == "keep":
+            return keep
+        absent = self.absent(table)
+        if self.missing == "error" and absent.any():
+            what = f"{self} can say nothing of {int(absent.sum()):,} of {size:,} samples"
+            raise InputError("data.filters", what, "set missing: drop or missing: keep")
+        return keep & ~absent
+
+    def _column(self, table: Table, name: str) -> NDArray[np.uint64]:
+        if name not in table:
+            what = (
+                f"{self} names a {name}, and this index has none: it is older than that, or the json has none"
+            )
+            raise InputError("data.filters", what, "index again with ldm data index")
+        return table[name]
+
+    def __call__(self, sample: Mapping[str, Any]) -> bool:
+        return bool(self.mask({k: np.array([v], np.uint64) for k, v in hashes_of(sample).items()})[0])
+
+
+def _opted_out(file: str) -> Iterator[tuple[str, int]]:
+    """Column and hash of each line of an opt-out list."""
+    path = Path(file).expanduser()
+    try:
+        with open(path, encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                text = line.strip().lstrip("\ufeff")
+                if not text or text.startswith("#"):
+                    continue
+                if "://" in text:
+                    yield "url", hash_text(text)
+                elif DIGEST.fullmatch(text):
+                    yield "picture", hash_text(text.lower())
+                elif HOST.fullmatch(text):
+                    yield "domain", hash_text(host_of(text))
+                else:
+                    what = f"'{text[:80]}' is no URL, host or digest"
+                    raise InputError(
+                        f"{path}:{number}", what, "write one a line: https://..., or example.org"
+                    )
+    except OSError as error:
         raise InputError(
-            where, f"filter keeps 0 of {len(index):,} samples", f"{most} drops {dropped[most]:,}: relax it"
-        )
-    if limit is not None and limit < len(rows):
-        dropped["limit"], missing["limit"] = len(rows) - limit, 0
-        rows = rows[:limit]
-    counts = np.diff(np.searchsorted(rows, index.cumulative))
-    digest = hashlib.sha256(index.digest.encode() + rows.tobytes()).hexdigest()
-    return Selection(rows, counts, digest, dropped, missing)
-
-
-def _unknown(index: Index, column: str, where: str) -> InputError:
-    scores = index.scores()
-    first = Path(index.shards[0]).name
-    what = f"filter uses '{column}' but {first} has: {', '.join([*scores, *SIZES])}"
-    lowered = {name.lower(): name for name in scores}
-    near = difflib.get_close_matches(column.lower(), lowered, 1, 0.5)
-    example = lowered[near[0]] if near else (scores[0] if scores else "NAME_IN_THE_JSON")
-    return InputError(where, what, f"add data.columns.{column}={example}")
+            f"data.filters: {path}", error.strerror or str(error), "give the list's path"
+        ) from None

@@ -1,40 +1,42 @@
-"""Places in the run -> batches, through workers that each make their part of every batch.
+"""Parts that workers make -> batches, and who makes which slots.
 
-The stages (which places, load, collate) form a webdataset `DataPipeline` that runs in each worker. A worker
-makes the same slots of every batch, not whole batches: so neither the number of ranks nor of workers changes
-what is in a batch, or in which order. Rank and world size are passed in, never asked of the environment.
+Each worker makes its part of every batch; the loader joins them. Rank and world size are passed in, never
+asked of the environment. Workers that die are replaced.
 
-G global batch, W ranks, k micro-batches a step, p samples of a part, S image size, l tokens.
+G global batch, W ranks, k micro-batches a step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import queue
 import signal
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
+from multiprocessing import active_children, set_forkserver_preload
 from typing import Any
 
 import numpy as np
 import torch
 import webdataset as wds
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from ldm.data.image import BadImage, decode
-from ldm.data.index import Index
-from ldm.data.plan import Ints, Stream
-from ldm.data.reader import BlockReader, Raw, ShardReader
-from ldm.data.transforms import Pixels, SquareCrop
+from ldm.data.makers import Part
+from ldm.errors import InputError
 from ldm.types import Batch
 
-Tokenize = Callable[[list[str]], Tensor]
-Part = dict[str, Any]  # the fields of a Batch: the image a tensor (shared memory), the rest small
-REPORTED = 10  # failures a worker names in the log
-CAPTIONS = 16_384  # tokenised captions kept by a worker
+BY_VALUE = 1 << 20  # bytes of a tensor that a worker sends through the queue
+SMALL = 1 << 14  # bytes of an array that is not worth pinned memory
+REBUILDS = 3  # of the workers, without a batch in between
+LOOK = 0.2  # seconds between looks at the workers where no batch comes
+CLOSE = 5.0  # seconds that a worker has to finish its part
+OUTLIVE = 60.0  # seconds that a worker goes on after TERM, for its trainer to save
 log = logging.getLogger(__name__)
 
 
@@ -67,163 +69,58 @@ def worker_id() -> int:
     return 0 if info is None else int(info.id)
 
 
-@dataclass(frozen=True)
-class Places:
-    """First stage: the worker's places n of each micro-batch, from `start`; endless without `steps`."""
-
-    share: Share
-    start: int = 0
-    steps: int | None = None
-
-    def __call__(self) -> Iterator[Ints]:
-        worker = worker_id()
-        for step in count() if self.steps is None else range(self.steps):
-            for micro in range(self.share.accumulate):
-                slots = self.share.slots(micro, worker)
-                yield self.start + step * self.share.global_batch_size + np.arange(slots.start, slots.stop)
-
-
-class Recent:
-    """Least recently used values within a budget."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget, self.used = budget, 0
-        self.values: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
-
-    def get(self, key: Any) -> Any:
-        if key not in self.values:
-            return None
-        self.values.move_to_end(key)
-        return self.values[key][0]
-
-    def put(self, key: Any, value: Any, size: int = 1) -> None:
-        self.used += size - self.values.pop(key, (None, 0))[1]
-        self.values[key] = (value, size)
-        while self.used > self.budget:
-            self.used -= self.values.popitem(last=False)[1][1]
-
-
-@dataclass(frozen=True)
-class Load:
-    """Second stage: places -> pixels and captions; what cannot be read has weight 0 and a black image.
-
-    Without a `stream` the selection is walked in its order, and places beyond its end are padding.
-    """
-
-    index: Index
-    rows: Ints  # of the selection
-    transform: SquareCrop
-    places: Places
-    stream: Stream | None = None
-    memory_cache_mb: int = 0
-
-    def __call__(self, source: Iterable[Ints]) -> Iterator[Part]:
-        reader, memory = ShardReader(self.index), Recent(self.memory_cache_mb << 20)
-        blocks, failures = self._blocks(reader), 0
-        for n in source:
-            rows = self._rows(n)
-            hits = [memory.get(row) if row >= 0 else None for row in rows.tolist()]
-            new = [i for i in range(len(n)) if rows[i] >= 0 and (blocks or hits[i] is None)]
-            raws = dict(zip(new, blocks(n[new]) if blocks else reader(rows[new]), strict=True))
-            part = self._empty(n, rows)
-            places, mirror = self.transform.draws(n)
-            for i, row in enumerate(rows.tolist()):
-                if row < 0:
-                    continue
-                try:
-                    pixels, caption = hits[i] or self._decode(raws[i])
-                except BadImage as error:
-                    failures += 1
-                    if failures <= REPORTED:
-                        log.warning("masked %s: %s", part["key"][i], error)
-                    continue
-                if self.memory_cache_mb:
-                    memory.put(row, (pixels, caption), pixels.nbytes)
-                square, part["crop"][i] = self.transform.cut(pixels, places[i], bool(mirror[i]))
-                part["image"][i] = torch.from_numpy(np.ascontiguousarray(square))
-                part["caption"][i], part["weight"][i] = caption, 1.0
-            yield part
-
-    def _blocks(self, reader: ShardReader) -> BlockReader | None:
-        share, stream = self.places.share, self.stream
-        if stream is None or stream.block == 1 or stream.lanes % share.global_batch_size:
-            return None
-        slots = share.all_slots(worker_id())
-        return BlockReader(reader, self.rows, stream, self.places.start, share.global_batch_size, slots)
-
-    def _rows(self, n: Ints) -> Ints:
-        """Row of the index of each place, -1 for padding."""
-        if self.stream is not None:
-            return self.rows[self.stream.places(n)[1]]
-        return np.where(n < len(self.rows), self.rows[np.minimum(n, len(self.rows) - 1)], -1)
-
-    def _decode(self, raw: Raw) -> tuple[Pixels, str]:
-        if raw.reason:
-            raise BadImage(raw.reason)
-        pixels = self.transform.resize(decode(raw.image, self.transform.size))
-        return pixels, raw.caption.decode("utf-8", "replace").strip()
-
-    def _empty(self, n: Ints, rows: Ints) -> Part:
-        real = np.maximum(rows, 0)
-        facts, size = self.index.samples[real], self.transform.size
-        original = np.stack([facts["original_height"], facts["original_width"]], 1)
-        columns = self.index.columns
-        label = np.nan_to_num(columns["label"][real], nan=-1) if "label" in columns else None
-        return {
-            **({} if label is None else {"label": label.astype(np.int64)}),
-            "n": n,
-            "weight": np.zeros(len(n), np.float32),
-            "key": [key if row >= 0 else "" for key, row in zip(self.index.keys(real), rows, strict=True)],
-            "image": torch.zeros(len(n), 3, size, size, dtype=torch.uint8),
-            "caption": [""] * len(n),
-            "original_size": original.astype(np.int64),
-            "crop": np.zeros((len(n), 2), np.int64),
-        }
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Third stage: captions -> tokens [p l]; those of recent captions are remembered."""
-
-    tokenize: Tokenize
-
-    def __call__(self, source: Iterable[Part]) -> Iterator[Part]:
-        recent = Recent(CAPTIONS)
-        for part in source:
-            captions = part["caption"] or [""]  # no sample: still ask for the length
-            new = [caption for caption in dict.fromkeys(captions) if recent.get(caption) is None]
-            found: dict[str, NDArray[np.int64]] = {}
-            if new:
-                found = dict(zip(new, self.tokenize(new).numpy(), strict=True))
-            rows = [found[caption] if caption in found else recent.get(caption) for caption in captions]
-            for caption, row in found.items():
-                recent.put(caption, row)
-            yield part | {"tokens": np.stack(rows)[: len(part["caption"])]}
-
-
 def as_is(part: Any) -> Any:
     return part
+
+
+def by_value(part: Any) -> Any:
+    """What a worker sends: small tensors as arrays, through the queue.
+
+    For shared memory our process has to ask the worker for a handle, which answers between its other work.
+    """
+    small = {name: value for name, value in part.items() if isinstance(value, Tensor)}
+    return part | {name: value.numpy() for name, value in small.items() if value.nbytes <= BY_VALUE}
 
 
 def join(parts: Sequence[Part], pin: bool) -> Batch:
     """The batch that the workers' parts make together, its image in pinned memory if asked."""
     fields: dict[str, Any] = {}
+    parts = [part for part in parts if len(part["n"])] or parts[:1]  # an empty one has no shape
     for name, first in parts[0].items():
         values = [part[name] for part in parts]
         if isinstance(first, list):
             fields[name] = [item for value in values for item in value]
-        elif len(parts) == 1 and isinstance(first, Tensor) and not pin:
-            fields[name] = first
-        elif isinstance(first, Tensor):
-            shape = (sum(map(len, values)), *first.shape[1:])
-            fields[name] = torch.cat(values, out=torch.empty(shape, dtype=first.dtype, pin_memory=pin))
-        else:
+            continue
+        if first.nbytes <= SMALL:
             fields[name] = torch.from_numpy(np.concatenate(values))
+            continue
+        values = [torch.as_tensor(value) for value in values]
+        if len(parts) == 1 and not pin:
+            (fields[name],) = values
+        else:
+            shape = (sum(map(len, values)), *first.shape[1:])
+            out = torch.empty(shape, dtype=values[0].dtype, pin_memory=pin)
+            fields[name] = torch.cat(values, out=out)
     return Batch(**fields)
 
 
+@dataclass(frozen=True)
+class After:
+    """A first stage, less the `done` micro-batches that were made before its workers were lost."""
+
+    places: Callable[[], Iterator[Any]]
+    done: int
+
+    def __call__(self) -> Iterator[Any]:
+        return islice(self.places(), self.done, None)
+
+
 class Loader:
-    """Batches of a pipeline; each `iter` begins at the pipeline's start again."""
+    """Batches of a pipeline; each `iter` begins at the pipeline's start again.
+
+    Workers that die (killed for their memory, a crash in a decoder) are replaced at the batch that was
+    reached, so nothing is lost or repeated. Raises `InputError` where that does not help `REBUILDS` times.
+    """
 
     def __init__(
         self,
@@ -236,27 +133,142 @@ class Loader:
         self.pipeline, self.workers, self.pin = pipeline, workers, pin
         self.options: dict[str, Any] = {}
         if workers:
+            set_forkserver_preload(["__main__", "ldm.data.stages"])  # importing torch takes seconds
             self.options = {"prefetch_factor": prefetch_factor, "multiprocessing_context": context}
 
     def __iter__(self) -> Iterator[Batch]:
-        parts: Iterator[Part] = iter(
+        if not self.workers:
+            for part in self._parts(0):
+                yield join([part], self.pin)
+            return
+        done = lost = 0
+        while True:
+            crew = Crew(lambda at=done: self._parts(at), self.workers, self.pin)  # type: ignore[misc]
+            try:
+                for batch in crew:
+                    done, lost = done + 1, 0
+                    yield batch
+                return
+            except WorkerLostError as error:
+                lost += 1
+                if lost > REBUILDS:
+                    what = f"{error}, {lost} times at the same place"
+                    fix = f"if memory ran out, lower data.num_workers={self.workers}, or give it more"
+                    raise InputError("data.num_workers", what, fix, every_rank=True) from None
+                log.warning("%s: its loader starts again at the batch that it had reached", error)
+            finally:
+                crew.close()
+
+    def _parts(self, done: int) -> Iterator[Part]:
+        """What the workers make in turn, after `done` micro-batches; starts them."""
+        first, *rest = self.pipeline.pipeline
+        return iter(
             DataLoader(
-                self.pipeline,
+                wds.DataPipeline(After(first, done), *rest) if done else self.pipeline,
                 batch_size=None,
                 num_workers=self.workers,
-                collate_fn=as_is,
-                worker_init_fn=ignore_interrupts,
+                collate_fn=by_value if self.workers else as_is,
+                worker_init_fn=outlive_signals,
                 generator=torch.Generator(),  # the default one would be advanced: our numbers are keyed
                 **self.options,
             )
         )
-        while group := list(islice(parts, max(1, self.workers))):  # the loader takes its workers in turn
-            yield join(group, self.pin)
 
 
-def ignore_interrupts(worker: int) -> None:
-    """Ctrl-C goes to the whole process group: the trainer saves first, and then ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+class WorkerLostError(RuntimeError):
+    """A worker process ended before its work did."""
+
+
+class Crew:
+    """Worker processes, and a thread that joins (and pins) what they make: the training step does not wait.
+
+    It is at most one batch ahead of what was asked for, beside what the workers prefetch.
+    """
+
+    def __init__(self, start: Callable[[], Iterator[Part]], workers: int, pin: bool) -> None:
+        before = set(active_children())
+        with children_may_die():
+            parts = start()
+        self.processes = [child for child in active_children() if child not in before]
+        self.workers, self.pin = workers, pin
+        self.batches: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=1)
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self._work, args=(parts,), name="loader", daemon=True)
+        self.thread.start()
+
+    def _work(self, parts: Iterator[Part]) -> None:
+        try:
+            while group := list(islice(parts, self.workers)):  # the loader takes its workers in turn
+                if self._put(join(group, self.pin)):
+                    return
+            self._put(None)
+        except Exception as error:  # a worker's own, or of one that is gone: the main thread finds out
+            self._put(error)
+
+    def _put(self, item: Batch | Exception | None) -> bool:
+        """Whether nobody waits for it any more."""
+        while not self.closing.is_set():
+            with contextlib.suppress(queue.Full):
+                self.batches.put(item, timeout=LOOK)
+                return self.closing.is_set()
+        return True
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            try:
+                item = self.batches.get(timeout=LOOK)
+            except queue.Empty:
+                self._require_workers()
+                continue
+            if item is None:
+                return
+            if isinstance(item, Exception):
+                time.sleep(LOOK)  # its process may still be about to end
+                self._require_workers()
+                raise item
+            yield item
+
+    def _require_workers(self) -> None:
+        """The thread cannot tell: it may wait for the rest of a message that a dead worker began."""
+        for process in self.processes:
+            if process.exitcode:
+                code = process.exitcode
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+                raise WorkerLostError(f"a loader worker (pid {process.pid}) {how}")
+        if len(self.processes) < self.workers:
+            raise WorkerLostError("a loader worker died as it started")
+
+    def close(self) -> None:
+        """End thread and processes; at once if one of those is dead, for then the thread may never end."""
+        self.closing.set()
+        with contextlib.suppress(queue.Empty):
+            self.batches.get_nowait()
+        if not any(process.exitcode for process in self.processes):
+            self.thread.join(CLOSE)
+        if self.thread.is_alive():
+            for process in self.processes:
+                process.kill()
+
+
+@contextmanager
+def children_may_die() -> Iterator[None]:
+    """Undo the handler that a DataLoader sets: it raises in the main thread, at any line of a step."""
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before)
+
+
+def outlive_signals(worker: int) -> None:
+    """Signals go to all processes of a job or a terminal: the trainer saves first, and then ends its workers.
+
+    TERM is also how a stuck worker is got rid of, so that one only gives it time.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, OUTLIVE))
 
 
 class FiniteLoader(Loader):

@@ -37,13 +37,16 @@ class EmojiDataModule(ShardDataModule):
     def known_size(self) -> int:
         """Known from the settings, packed or not."""
         pairs = len(self.emoji_set.train_pairs)
-        return min(pairs, self.limit or pairs)
+        return min(pairs, self.sets.limit or pairs)
 
     def setup(self, stage: str | None = None) -> None:
         """Pack if need be, then index; the first process to finish packing wins."""
-        if not self.shards:
+        if not self.sets.shards:
             train, held_out = self.emoji_set.prepare(self.cache_dir)
-            self.shards, self.validation_shards = [str(p) for p in train], [str(p) for p in held_out]
+            self.sets.shards, self.sets.validation_shards = (
+                [str(p) for p in train],
+                [str(p) for p in held_out],
+            )
         super().setup(stage)
 
 
@@ -64,13 +67,13 @@ class FolderDataModule(ShardDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Pack if need be, then index; the first process to finish packing wins."""
-        if not self.shards:
+        if not self.sets.shards:
             if not self.folder.is_dir():
                 raise InputError(f"data.folder={self.folder}", "no such folder", "give a folder of pictures")
             state = f"{self.samples_per_shard}\n{listing(self.folder)}"
             digest = hashlib.sha256(state.encode()).hexdigest()[:12]
             out = made_once(self.cache_dir / f"{self.folder.name}-{digest}", self._pack)
-            self.shards = [str(path) for path in sorted(out.glob("*.tar"))]
+            self.sets.shards = [str(path) for path in sorted(out.glob("*.tar"))]
         super().setup(stage)
 
     def _pack(self, out: Path) -> None:

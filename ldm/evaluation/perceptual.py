@@ -84,17 +84,20 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{WHERE}={path}", "is no file of tensors", fix) from error
 
 
-def _downloaded() -> list[Path]:
+def cached_files() -> list[Path]:
+    """Where `download` keeps its files, whether they are there or not."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    paths = []
-    for address, sha256 in DOWNLOADS:
-        path = folder / ("lpips-vgg.pth" if "lpips" in address else address.rpartition("/")[2])
+    return [folder / ("lpips-vgg.pth" if "lpips" in a else a.rpartition("/")[2]) for a, _ in DOWNLOADS]
+
+
+def _downloaded() -> list[Path]:
+    paths = cached_files()
+    for path, (address, sha256) in zip(paths, DOWNLOADS, strict=True):
         if not path.is_file():
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(address, str(path), sha256, progress=False)
             except (OSError, RuntimeError) as error:  # no network, a full disk; a wrong hash
                 what = f"cannot fetch {address} ({error})"
                 raise InputError(f"{WHERE}=download", what, f"put the file at {path}") from None
-        paths.append(path)
     return paths

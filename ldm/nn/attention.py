@@ -87,20 +87,23 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the context, feed-forward; each after a LayerNorm and around a skip.
 
-    Without a `context_dim` there is no attention to a context.
+    Without a `context_dim` there is no attention to a context. `self_attention` False: the first attention is
+    to the context, too.
     """
 
-    def __init__(self, width: int, heads: int, context_dim: int | None) -> None:
+    def __init__(self, width: int, heads: int, context_dim: int | None, self_attention: bool = True) -> None:
         super().__init__()
+        self.self_attention = self_attention
         self.norm1 = nn.LayerNorm(width)
-        self.attn1 = Attention(width, heads)
+        self.attn1 = Attention(width, heads, None if self_attention else context_dim)
         self.norm2 = nn.LayerNorm(width) if context_dim else None
         self.attn2 = Attention(width, heads, context_dim) if context_dim else None
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
+        told = (None, None) if self.self_attention else (context, mask)
+        x = x + self.attn1(self.norm1(x), *told)
         if self.attn2 is not None and self.norm2 is not None:
             x = x + self.attn2(self.norm2(x), context, mask)
         return x + self.ff(self.norm3(x))
@@ -122,6 +125,7 @@ class Transformer2D(nn.Module):
         context_dim: int | None,
         linear_projection: bool = False,
         norm_groups: int = 32,
+        self_attention: bool = True,
     ) -> None:
         super().__init__()
         self.linear_projection = linear_projection
@@ -130,7 +134,7 @@ class Transformer2D(nn.Module):
             nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
         )
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, heads, context_dim) for _ in range(depth)
+            TransformerBlock(channels, heads, context_dim, self_attention) for _ in range(depth)
         )
         self.proj_out = zeroed(
             nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)

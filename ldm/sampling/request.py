@@ -45,6 +45,7 @@ class Request:
     width: int
     grid: Grid  # shortened for image to image
     start: Tensor | None  # uint8 [1 3 H W], the picture to start from
+    source: Tensor | None  # uint8 [1 3 H/k W/k], the same for a conditioner of source_scale k
     mask: Tensor | None  # bool [1 1 H W], True is drawn anew
     strength: float
     prompt_weights: bool
@@ -71,6 +72,7 @@ def request_of(
     prompt_weights: bool,
     clip_skip: int,
     tile: int | None,
+    source_scale: int | None = None,
 ) -> Request:
     """Check every setting; height, width and tile are to be multiples of `multiple`."""
     whole("num_steps", num_steps, 1, MAX_STEPS)
@@ -84,12 +86,14 @@ def request_of(
         grid = noise_scheduler.grid(num_steps, spacing)
     except ValueError as error:
         raise InputError("sampling", str(error)) from None
-    start = mask = None
+    start = source = mask = None
     if init_image is not None:
         if number("strength", strength, 0, 1) == 0:
             raise InputError(f"strength={strength}", "need more than 0 and at most 1")
         grid = truncate(grid, strength)
         start = to_tensor([open_picture(init_image, height, width)])
+        if source_scale is not None:
+            source = to_tensor([open_picture(init_image, height // source_scale, width // source_scale)])
     if mask_image is not None:
         if start is None:
             raise InputError("mask_image", "there is no picture to mask", "give it: init_image=FILE")
@@ -109,6 +113,7 @@ def request_of(
         width,
         grid,
         start,
+        source,
         mask,
         float(strength),
         prompt_weights,

@@ -123,12 +123,14 @@ class AdversarialAutoencoderModule(AutoencoderModule):
         parameters = [p for p in self.discriminator.parameters() if p.grad is not None]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             average([p.grad for p in parameters if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
         if clip := self.trainer.gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(parameters, clip)
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         for group in self.discriminator_optimizer.param_groups:
             group.setdefault("base_lr", group["lr"])
             group["lr"] = group["base_lr"] * factor
-        self.discriminator_optimizer.step()
+        if self.may_step(self.discriminator_optimizer, norm):
+            self.discriminator_optimizer.step()
         self.discriminator_optimizer.zero_grad(set_to_none=True)
 
     def extra_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -10,21 +10,21 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
-from ldm.checkpoints import native
-from ldm.checkpoints.networks import load_network
 from ldm.checkpoints.posthoc import FOLDER
 from ldm.checkpoints.run import RunDirectory, Stage
-from ldm.config import build, compose, plain
+from ldm.config import build, compose, plain, to_yaml
 from ldm.errors import InputError
-from ldm.training.callbacks.checkpoint import Checkpoints, load_strict, weights_of
+from ldm.training import launch, strategies
+from ldm.training.callbacks.checkpoint import Checkpoints
+from ldm.training.callbacks.data_health import DataHealth
 from ldm.training.callbacks.latents import LatentStatistics
 from ldm.training.callbacks.loggers import Loggers
 from ldm.training.callbacks.metrics import MetricsLog
 from ldm.training.callbacks.progress import ProgressBar
+from ldm.training.callbacks.throughput import Throughput
+from ldm.training.children import LAUNCHER, tie
 from ldm.training.module import TrainingModule
 from ldm.training.optim import freeze, parameter_rules
 
@@ -46,9 +46,18 @@ FITTING: dict[
 
 
 def build_stages(cfg: Any, overrides: list[str]) -> list[Any]:
-    """The configs of the experiments that `stages` names, under the same overrides, or the config alone."""
-    common = [text for text in overrides if not text.startswith("experiment=")] + [f"run_name={cfg.run_name}"]
-    return [compose("train", [f"experiment={name}", *common]) for name in cfg.stages or []] or [cfg]
+    """The configs of the experiments that `stages` names, under the same overrides, or the config alone.
+
+    `init_from` is not for stages that say themselves which stage they start from.
+    """
+    given = [text for text in overrides if not text.startswith("experiment=")] + [f"run_name={cfg.run_name}"]
+    rest = [text for text in given if not text.startswith("init_from=")]
+    stages = [compose("train", [f"experiment={name}", *rest]) for name in cfg.stages or []]
+    if rest != given:
+        names = [f"experiment={name}" for name in cfg.stages or []]
+        pairs = zip(names, stages, strict=True)
+        stages = [stage if stage.init_from else compose("train", [name, *given]) for name, stage in pairs]
+    return stages or [cfg]
 
 
 def build_module(cfg: Mapping[str, Any], device: str | None = None) -> TrainingModule:
@@ -76,79 +85,78 @@ def checkpoint_bytes(module: TrainingModule) -> int:
     return 4 * ((4 + len(module.ema_lengths)) * trained + beside)
 
 
-def load_frozen(module: TrainingModule, name: str, source: str | None) -> dict[str, Tensor]:
-    """Load the frozen network `name` from a checkpoint that trained it or names it; returns its tensors.
-
-    Without a `source` nothing is loaded or returned.
-    """
-    if not source:
-        return {}
-    where = f"{name}_from"
-    path = native.resolve(Path(source), where=where)
-    state = native.load_document(path, "state.json")
-    if name == "autoencoder" and state.get("latents_measured") == 0:
-        what = f"{path} is not the end of its stage: its latent shift and scale are not measured"
-        raise InputError(where, what, "let stage 1 finish")
-    networks = state.get("networks", {})
-    if name in networks:
-        tensors, _ = load_network(path, networks[name])
-    else:
-        prefix = f"{name}."
-        tensors = {k.removeprefix(prefix): v for k, v in weights_of(path).items() if k.startswith(prefix)}
-    if not tensors:
-        raise InputError(
-            where, f"{path} holds no {name}", f"give a checkpoint of a stage that trained the {name}"
-        )
-    load_strict(module.frozen[name], tensors, f"{where}={source}")
-    return tensors
-
-
 def build_callbacks(
-    cfg: Mapping[str, Any], run: RunDirectory, stage: Stage, checkpoints: Checkpoints
-) -> tuple[list[pl.Callback], MetricsLog]:
-    """All callbacks in the order they act: what is measured at a step is in that step's checkpoint."""
+    cfg: Mapping[str, Any], run: RunDirectory, stage: Stage, resume: Path | None
+) -> tuple[list[pl.Callback], MetricsLog, Checkpoints]:
+    """All callbacks in the order they act: what is measured at a step is in that step's checkpoint.
+
+    `resume`: the checkpoint that the stage starts from.
+    """
     section = cfg["callbacks"]
+    guard, places = build(section["guard"]), {"folder": stage.checkpoints, "resume": resume}
     metrics = build(section["metrics"], path=stage.folder / "metrics.csv")
+    own = {"guard": guard, "metrics": metrics, "run": run, "config": to_yaml(cfg)}
+    checkpoints = build(section["checkpoint"], **own, **places)
     pictures = {"folder": stage.samples, "metrics": metrics}
     if cfg.get("sampler") is not None:
         pictures["sampler"] = build(cfg["sampler"])
     loggers = [build(logger) for logger in (cfg.get("logger") or {}).values() if logger is not None]
     callbacks = [
+        *guards(section, run, stage, metrics),
         metrics,
+        Throughput(metrics, plain(cfg), stage.name or run.name),
+        DataHealth(metrics),
         LatentStatistics(),
         build(section["validation"], metrics=metrics),
         build(section["pictures"], **pictures),
         Loggers(loggers, metrics, run, stage, plain(cfg)),
         build(section["snapshots"], folder=stage.folder / FOLDER),
         ProgressBar(stage.name or "training", metrics),
+        guard,
         checkpoints,
     ]
-    return callbacks, metrics
+    return callbacks, metrics, checkpoints
+
+
+def guards(
+    section: Mapping[str, Any], run: RunDirectory, stage: Stage, metrics: MetricsLog
+) -> list[pl.Callback]:
+    """What watches over the run: each is off where the config has null."""
+    given: dict[str, dict[str, Any]] = {
+        "heartbeat": {"run": run, "stage": stage},
+        "watchdog": {"run": run},
+        "spikes": {"folder": stage.folder, "rows": metrics.every},
+    }
+    return [build(section[name], **more) for name, more in given.items() if section.get(name) is not None]
 
 
 @contextmanager
 def flags_restored() -> Iterator[None]:
     """After the block torch is as deterministic as before: `deterministic` is a matter of one run."""
     mode, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
-    workspace = os.environ.get(WORKSPACE)
+    before = {name: os.environ.get(name) for name in (WORKSPACE, LAUNCHER)}
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(mode)
         torch.backends.cudnn.benchmark = benchmark
-        os.environ.pop(WORKSPACE, None)
-        os.environ |= {} if workspace is None else {WORKSPACE: workspace}
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ |= {} if value is None else {name: value}
 
 
-def build_trainer(cfg: Mapping[str, Any], callbacks: list[pl.Callback], datamodule: Any) -> pl.Trainer:
-    """The trainer of the config, once its devices are there and the global batch can be dealt to them."""
-    plugins = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None
+def build_trainer(
+    cfg: Mapping[str, Any], callbacks: list[pl.Callback], datamodule: Any, module: TrainingModule
+) -> pl.Trainer:
+    """The trainer of the config, if its devices are there, can train the module and share the batch."""
+    tie()
+    environment = launch.cluster_environment(cfg["trainer"])
     bits = {"deterministic": True, "benchmark": False} if cfg.get("deterministic") else {}
     try:
         trainer: pl.Trainer = build(
             cfg["trainer"],
             callbacks=callbacks,
-            plugins=plugins,
+            plugins=environment,
             default_root_dir=cfg["run_dir"],
             **bits,
             **FITTING,
@@ -159,5 +167,7 @@ def build_trainer(cfg: Mapping[str, Any], callbacks: list[pl.Callback], datamodu
         raise InputError(
             "report", "measures the quickstart's pictures, and this is other data", "add report=null"
         )
+    strategies.check(trainer, module)
     datamodule.check_batch(trainer.num_devices * trainer.num_nodes, trainer.accumulate_grad_batches)
+    launch.note_run(cfg["run_dir"])
     return trainer

@@ -95,6 +95,8 @@ class LatentDiffusionModule(TrainingModule):
             if moments is None:
                 assert batch.image is not None
                 moments = autoencoder.moments(to_unit(batch.image, self.dtype))
+            else:
+                moments = moments.to(self.dtype)  # they may be stored in half precision
             shape = (autoencoder.latent_channels, *moments.shape[2:])
             return autoencoder.latents(moments, keyed_normal(self.seed, batch.n, purpose, shape).to(moments))
 

@@ -3,17 +3,20 @@
 Updated once per optimizer step. Warm-up: decay_k = min(decay, (1 + k) / (10 + k)) after k updates, as in the
 latent-diffusion line of work, so that the average forgets its random start. Beside it may go profiles whose
 span grows with the run, see ldm/checkpoints/posthoc.py: at step t their decay is (1 - 1/t)^(g + 1).
+Of parameters that are sharded over ranks, each rank averages its own rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints.posthoc import exponent
+from ldm.training.sharding import cut, local, sharded, sharded_parts, whole
 
 
 class EMA:
@@ -29,8 +32,9 @@ class EMA:
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.names = list(named)
         self.parameters = list(named.values())
+        self.sharded = sharded_parts(module)
         self.average = [
-            p.detach().clone().to(torch.promote_types(p.dtype, torch.float32)) for p in named.values()
+            p.detach().clone().to(torch.promote_types(p.dtype, torch.float32)) for p in self._rows()
         ]
         self.exponents = {length: exponent(length) for length in lengths}
         self.profiles = {length: [a.clone() for a in self.average] for length in lengths}
@@ -54,11 +58,22 @@ class EMA:
             torch._foreach_lerp_(profile, current, 1 - decay)
 
     def _current(self) -> list[Tensor]:
-        return [p.detach().to(a.dtype) for p, a in zip(self.parameters, self.average, strict=True)]
+        return [p.detach().to(a.dtype) for p, a in zip(self._rows(), self.average, strict=True)]
+
+    def _rows(self) -> list[Tensor]:
+        """What this rank has of the parameters."""
+        return [local(p) for p in self.parameters]
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Inside, the module computes with the averages; its own weights come back after, bit for bit."""
+        """Inside, the module computes with the averages; its own weights come back after, bit for bit.
+
+        Of a sharded module all ranks must come in, and are then free to compute or not.
+        """
+        if self.sharded:
+            with self._swapped_rows():
+                yield
+            return
         own = [p.data for p in self.parameters]
         try:
             for p, a in zip(self.parameters, self.average, strict=True):
@@ -68,16 +83,30 @@ class EMA:
             for p, data in zip(self.parameters, own, strict=True):
                 p.data = data
 
-    def state_dict(self, length: float | None = None) -> dict[str, Tensor]:
-        """The average by parameter name, or the profile of `length`."""
-        chosen = self.average if length is None else self.profiles[length]
-        return dict(zip(self.names, chosen, strict=True))
+    @contextmanager
+    def _swapped_rows(self) -> Iterator[None]:
+        rows = [row.detach() for row in self._rows()]
+        own = [row.clone() for row in rows]
+        torch._foreach_copy_(rows, self.average)
+        try:
+            with whole(self.sharded):
+                yield
+        finally:
+            torch._foreach_copy_(rows, own)
 
-    def load_state_dict(self, state: Mapping[str, Tensor], length: float | None = None) -> None:
+    def state_dict(self, length: float | None = None) -> dict[str, Tensor]:
+        """The average by parameter name, or the profile of `length`; sharded as the parameters are."""
+        chosen = self.average if length is None else self.profiles[length]
+        pairs = zip(chosen, self.parameters, strict=True)
+        return dict(zip(self.names, (sharded(a, p) for a, p in pairs), strict=True))
+
+    def load_state_dict(self, state: Mapping[str, Any], length: float | None = None) -> None:
+        """`state` has whole tensors, maybe read lazily, whether or not the module is sharded."""
         if set(state) != set(self.names):
             missing, extra = sorted(set(self.names) - set(state)), sorted(set(state) - set(self.names))
             raise ValueError(
                 f"EMA state has other names than the module: missing {missing[:3]}, extra {extra[:3]}"
             )
-        for name, a in self.state_dict(length).items():
-            a.copy_(state[name])
+        chosen = self.average if length is None else self.profiles[length]
+        for name, a, p in zip(self.names, chosen, self.parameters, strict=True):
+            a.copy_(cut(state[name], p))

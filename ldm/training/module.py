@@ -18,9 +18,14 @@ from ldm.errors import InputError
 from ldm.random import keyed_bits
 from ldm.training.ema import EMA
 from ldm.training.optim import ParameterRule, parameter_groups
+from ldm.training.sharding import clip_norm, total_norm
 from ldm.types import Batch
 
 LRSchedule = Callable[[int], float]  # optimizer step -> factor on the learning rate
+
+
+class NotFiniteError(Exception):
+    """Leaves an optimizer's step between the gradient and the update."""
 
 
 def to_unit(image: Tensor, dtype: Any = torch.float32) -> Tensor:
@@ -52,12 +57,21 @@ class TrainingModule(pl.LightningModule):
         self.ema: EMA | None = None
         self.frozen: dict[str, nn.Module] = {}
         self.recorded: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (sum, count), on the device
+        self.bad_in_a_row = torch.zeros((), dtype=torch.int64)  # newest steps without a finite gradient
         self.parameter_rules: Sequence[ParameterRule] = ()
         self.batch_ended = 0.0  # time.perf_counter() when the last batch was done with
+        self.alive_at, self.doing, self.long_works = time.monotonic(), "the start", 0
+        self.losses: list[float] = []  # of the newest steps, for SpikeLog; stored with the checkpoint
+        self.unread: Callable[[], None] = lambda: None  # SpikeLog's: it reads when the rest is read
 
     def keep_frozen(self, name: str, network: nn.Module) -> None:
         """Keep `network` beside the module: eval mode for good, no gradients."""
         self.frozen[name] = network.eval().requires_grad_(False)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the module's numbers can be read without waiting for a device."""
+        return self.device.type == "cpu"
 
     @property
     def tokenizer(self) -> Callable[[Sequence[str]], Tensor] | None:
@@ -68,6 +82,14 @@ class TrainingModule(pl.LightningModule):
         for network in self.frozen.values():
             network._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+    def alive(self, doing: str, long: bool = False) -> None:
+        """A sign of life for `StepWatchdog`; `doing` comes next.
+
+        long: it may take as long as a first step, on this rank, or on another one that this one waits for.
+        """
+        self.alive_at, self.doing = time.monotonic(), doing
+        self.long_works += long
 
     def record(self, name: str, total: Tensor, count: Tensor | float = 1.0) -> None:
         """Add to the mean called `name`; read and cleared by the log every so many steps."""
@@ -80,6 +102,7 @@ class TrainingModule(pl.LightningModule):
 
     def recorded_sums(self) -> dict[str, tuple[float, float]]:
         """(sum, count) over all ranks of what was recorded and not yet taken. Waits for the device."""
+        self.unread()
         if not self.recorded:
             return {}
         names = sorted(self.recorded)
@@ -102,7 +125,7 @@ class TrainingModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Take two habits off Lightning: each step, its ranks would wait for the device to learn of signals
-        (`Checkpoints` sees to those), and it would convert the fields of a Batch, which the networks do.
+        (`Guard` sees to those), and it would convert the fields of a Batch, which the networks do.
         """
         vars(self.trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None
         vars(self.trainer.precision_plugin)["convert_input"] = lambda batch: batch
@@ -117,6 +140,7 @@ class TrainingModule(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.batch_ended = time.perf_counter()  # after all callbacks: from here on the loop waits for data
+        self.alive("a training batch")
 
     def configure_gradient_clipping(
         self,
@@ -124,18 +148,45 @@ class TrainingModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm of the whole gradient; Lightning refuses it to fused optimizers in mixed precision.
+        """Clip the norm of the whole gradient, and log it; Lightning refuses fused optimizers this way.
 
-        In fp16 a fused optimizer unscales the gradient itself, after clipping: that pair is refused.
+        In fp16 a fused optimizer unscales the gradient itself, afterwards: clipping with it is refused.
         """
-        if gradient_clip_val:
-            scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-            if scaled and any(group.get("fused") for group in optimizer.param_groups):
-                raise InputError(
-                    "optimizer.fused", "true cannot clip fp16 gradients", "set it false, or use bf16-mixed"
-                )
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        hidden = scaled and any(group.get("fused") for group in optimizer.param_groups)
+        if hidden and gradient_clip_val:
+            raise InputError(
+                "optimizer.fused", "true cannot clip fp16 gradients", "set it false, or use bf16-mixed"
+            )
+        assert self.ema is not None
+        if gradient_clip_val and self.ema.sharded:
+            norm = clip_norm(self.ema.parameters, gradient_clip_val)
+        elif gradient_clip_val:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-            self.record("train/grad_norm", norm)  # before clipping
+        elif not hidden:
+            norm = total_norm(p.grad for p in self.parameters() if p.grad is not None)
+        else:
+            return
+        self.record("train/grad_norm", norm)  # before clipping
+        if not scaled:  # a scaler looks at its gradients itself
+            bad = ~torch.isfinite(norm.detach())
+            self.bad_in_a_row = torch.where(bad, self.bad_in_a_row.to(bad.device) + 1, 0)
+            self.record("train/skipped", bad)
+            if not self.may_step(optimizer, norm.detach()):
+                raise NotFiniteError
+
+    def may_step(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
+        """Whether `optimizer` may step: not with a gradient that is not finite. `norm`: its, of all ranks.
+
+        Fused optimizers on a GPU are told there, and leave weights and moments as they are (the average comes
+        1 - decay nearer to them). For others the number is read here: on a GPU that waits.
+        """
+        finite, fused = torch.isfinite(norm), all(group.get("fused") for group in optimizer.param_groups)
+        if self.on_host or not fused:
+            return bool(finite)
+        told: Any = optimizer
+        told.grad_scale, told.found_inf = None, (~finite).float()
+        return True
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
@@ -145,7 +196,10 @@ class TrainingModule(pl.LightningModule):
         for group in optimizer.param_groups:
             group.setdefault("base_lr", group["lr"])
             group["lr"] = group["base_lr"] * factor
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        try:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        except NotFiniteError:
+            return
         assert self.ema is not None
         own: Any = self.optimizers(use_pl_optimizer=False)
         if hasattr(own, "average_into"):  # the optimizer knows the average of its own
@@ -157,13 +211,15 @@ class TrainingModule(pl.LightningModule):
     def extra_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """For the checkpoint, beside weights, EMA and optimizer: (tensors by file, a JSON document)."""
         assert self.ema is not None
-        return {f"ema-{length}": self.ema.state_dict(length) for length in self.ema_lengths}, {}
+        averages = {f"ema-{length}": self.ema.state_dict(length) for length in self.ema_lengths}
+        return averages, {"losses": self.losses}
 
     def load_extra_state(self, load: Callable[[str], dict[str, Tensor]], document: dict[str, Any]) -> None:
         """Put back what `extra_state` gave; `load(file)` reads the tensors of one of its files."""
         assert self.ema is not None
         for length in self.ema_lengths:
             self.ema.load_state_dict(load(f"ema-{length}"), length)
+        self.losses = list(document.get("losses", []))
 
     def validation_terms(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Sums and counts, by name, that a pass over the validation data adds up."""

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.adamw import adamw
 
+from ldm.training.sharding import local
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: singular values to about 1 in five rounds
 BLOCK = 256  # values that share a scale
 SMALLEST_8BIT = 4096  # parameters with fewer values keep float32 moments
@@ -268,11 +270,11 @@ class ScheduleFreeAdamW(Optimizer):
 
     @torch.no_grad()
     def average_into(self, averages: Mapping[Tensor, Tensor]) -> None:
-        """Fill the tensor beside each parameter with its x."""
+        """Fill the tensor beside each parameter with its x; beside a sharded one is this rank's rows."""
         for group in self.param_groups:
             known = [p for p in group["params"] if self.state[p] and p in averages]
             if known:
                 found = [averages[p] for p in known]
-                torch._foreach_copy_(found, known)
-                z = [self.state[p]["z"].to(averages[p].dtype) for p in known]
+                torch._foreach_copy_(found, [local(p) for p in known])
+                z = [local(self.state[p]["z"]).to(averages[p].dtype) for p in known]
                 torch._foreach_lerp_(found, z, 1 - 1 / group["betas"][0])

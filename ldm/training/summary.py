@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 def summary(cfg: Mapping[str, Any]) -> list[str]:
     """Lines about one stage, of a resolved config; sizes in bytes of 1000s, for each device."""
-    module = build_module(_without_weights(cfg), device="meta")
+    module = build_module(without_weights(cfg), device="meta")
     size = memory(module)
     batch, whose = _batch(cfg)
     steps, images = cfg["trainer"]["max_steps"], cfg["data"]["global_batch_size"]
@@ -120,14 +120,14 @@ def _bytes(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
 
 
-def _without_weights(node: Any) -> Any:
+def without_weights(node: Any) -> Any:
     """The config with `random` where it names weights to read."""
     if isinstance(node, Mapping):
         return {
-            key: "random" if key in WEIGHTS and value else _without_weights(value)
+            key: "random" if key in WEIGHTS and value else without_weights(value)
             for key, value in node.items()
         }
-    return [_without_weights(value) for value in node] if isinstance(node, (list, tuple)) else node
+    return [without_weights(value) for value in node] if isinstance(node, (list, tuple)) else node
 
 
 def _batch(cfg: Mapping[str, Any]) -> tuple[int, str]:
@@ -154,7 +154,7 @@ def _shapes(cfg: Mapping[str, Any], module: TrainingModule, batch: int, whose: s
     conditioner: Any = module.frozen.get("conditioner") or getattr(module, "conditioner", None)
     tokens = []
     if conditioner is not None:
-        told: Conditioning = conditioner(_sample(side or autoencoder.factor))
+        told: Conditioning = conditioner(one_sample(side or autoencoder.factor))
         given = {name: value for name, value in vars(told).items() if isinstance(value, Tensor)}
         shapes |= {name: [batch, *value.shape[1:]] for name, value in given.items()}
         if told.context is not None:
@@ -164,7 +164,7 @@ def _shapes(cfg: Mapping[str, Any], module: TrainingModule, batch: int, whose: s
     return [f"shapes      {text} {whose}", *tokens]
 
 
-def _sample(side: int) -> Batch:
+def one_sample(side: int) -> Batch:
     """One on the meta device that says all that a conditioner may ask."""
     one, two = (torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((1,), (1, 2)))
     image = torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta")

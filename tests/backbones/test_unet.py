@@ -44,18 +44,20 @@ def inputs(batch: int = 2, size: int = 8, dtype: torch.dtype = torch.float64):
 
 
 @pytest.mark.parametrize(
-    ("name", "context_dim", "parameters"),
+    ("name", "latent_channels", "context_dim", "parameters"),
     [
-        ("sd1", 768, 859_520_964),
-        ("sd2", 1024, 865_910_724),
-        ("sdxl", 2048, 2_567_463_684),
-        ("tiny", 64, 1_001_828),
+        ("sd1", 4, 768, 859_520_964),
+        ("sd2", 4, 1024, 865_910_724),
+        ("sdxl", 4, 2048, 2_567_463_684),
+        ("upscaler", 4, 1024, 473_398_020),
+        ("ldm_class", 3, 512, 400_920_579),
+        ("tiny", 4, 64, 1_001_828),
     ],
 )
-def test_published_sizes(name: str, context_dim: int, parameters: int) -> None:
+def test_published_sizes(name: str, latent_channels: int, context_dim: int, parameters: int) -> None:
     groups = {
         "backbone": OmegaConf.load(CONFIGS / f"{name}.yaml"),
-        "autoencoder": {"latent_channels": 4},
+        "autoencoder": {"latent_channels": latent_channels},
         "conditioner": {"context_dim": context_dim},
     }
     options = OmegaConf.to_container(OmegaConf.create(groups), resolve=True)["backbone"]
@@ -63,10 +65,18 @@ def test_published_sizes(name: str, context_dim: int, parameters: int) -> None:
     with torch.device("meta"):
         net = getattr(importlib.import_module(module), network)(**options)
     assert sum(parameter.numel() for parameter in net.parameters()) == parameters
+    assert f"{parameters:,} parameters" in (CONFIGS / f"{name}.yaml").read_text() or name == "tiny"
 
 
 def test_every_config_is_counted() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"sd1", "sd2", "sdxl", "tiny"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {
+        "sd1",
+        "sd2",
+        "sdxl",
+        "upscaler",
+        "ldm_class",
+        "tiny",
+    }
 
 
 def test_fresh_network_returns_zero_and_learns() -> None:
@@ -272,6 +282,8 @@ def test_forward_never_asks_for_a_value() -> None:
         ({"transformer_depth": (0, 1, 1)}, ("3", "2")),
         ({"layers_per_block": (1,)}, ("1", "2")),
         ({"norm_groups": 5}, ("16", "5")),
+        ({"self_attention": (True,)}, ("1", "2")),
+        ({"self_attention": False, "context_dim": None}, ("self_attention=False", "context_dim")),
     ],
 )
 def test_impossible_networks_are_refused(options: dict, numbers: tuple[str, ...]) -> None:

@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 import textwrap
+import weakref
 
 import pytest
 import torch
 
 from ldm.checkpoints import native
 from ldm.checkpoints.files import clean
+from ldm.checkpoints.lazy import LazyTensor
 from ldm.errors import InputError
 
 
@@ -32,7 +34,7 @@ def test_round_trip_is_exact(tmp_path, tensors, documents):
     assert native.load_document(path, "config.yaml") == documents["config.yaml"]
     native.verify(path)
     manifest = json.loads((path / "MANIFEST.json").read_text())
-    assert (manifest["format_version"], manifest["step"]) == (1, 12)
+    assert (manifest["format_version"], manifest["step"]) == (2, 12)
     assert manifest["files"].keys() == {p.name for p in path.iterdir()} - {"MANIFEST.json"}
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000012"]
 
@@ -55,13 +57,36 @@ def test_a_good_checkpoint_stays_and_a_bad_one_is_replaced(tmp_path, tensors, do
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000012"]
 
 
+def test_a_folder_of_any_name_takes_tensors_that_are_read_one_by_one(tmp_path, tensors, documents):
+    alive = []
+
+    def read(value):
+        assert all(reference() is None for reference in alive), "two tensors at a time"
+        found = value.clone()
+        alive.append(weakref.ref(found))
+        return found
+
+    values = {key: value.detach().contiguous() for key, value in tensors["model"].items()}
+    lazy = {key: LazyTensor(tuple(v.shape), v.dtype, lambda v=v: read(v)) for key, v in values.items()}
+    path = native.save_at(tmp_path / "imported", 7, {"model": lazy}, documents)
+    assert path == tmp_path / "imported"
+    assert native.resolve(path) == path
+    assert json.loads((path / "MANIFEST.json").read_text())["step"] == 7
+    found = native.load_tensors(path, "model")
+    assert all(equal(found[key], value) for key, value in values.items())
+    native.save_at(path, 8, {"model": {"w": torch.ones(2)}}, {})
+    assert sorted(file.name for file in path.iterdir()) == ["MANIFEST.json", "model.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["imported"]
+
+
 # ---- damage --------------------------------------------------------------------------------------------
 
 NAMES = ["model.safetensors", "optimizer.safetensors", "state.json", "config.yaml", "MANIFEST.json"]
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_damage_is_seen(tmp_path, documents, name):
+def test_every_damage_is_seen(tmp_path, documents, counted, name):
     small = {"model": {"a": torch.arange(3.0)}, "optimizer": {"b": torch.ones(2)}}
     path = native.save(tmp_path, 1, small, documents)
     file = path / name
@@ -77,6 +102,7 @@ def test_every_damage_is_seen(tmp_path, documents, name):
     assert str(caught.value).startswith(f"{file}: ")
     file.write_bytes(good)
     native.verify(path)
+    counted(damages=len(damages) + 1, unseen=0)
 
 
 def test_messages_name_file_fault_and_way_out(tmp_path, tensors, documents):
@@ -122,20 +148,21 @@ def newer(path):
     """Rewrite a manifest as a later program would."""
     content = json.loads((path / "MANIFEST.json").read_text())
     del content["sha256"]
-    (path / "MANIFEST.json").write_text(native._manifest({**content, "format_version": 2}))
+    (path / "MANIFEST.json").write_text(native._manifest({**content, "format_version": 3}))
 
 
 def test_a_newer_format_is_refused_and_not_passed_over(tmp_path, tensors, documents):
     native.save(tmp_path, 1, tensors, documents)
     path = native.save(tmp_path, 2, tensors, documents)
     newer(path)
-    line = f"{path}/MANIFEST.json: format_version 2 is newer than this program's (1); update ldm"
+    line = f"{path}/MANIFEST.json: format_version 3 is newer than this program's (2); update ldm"
     for call, argument in ((native.verify, path), (native.newest, tmp_path)):
         with pytest.raises(InputError) as caught:
             call(argument)
         assert str(caught.value) == line
 
 
+@pytest.mark.fault(6)
 def test_newest_falls_back_and_says_so(tmp_path, tensors, documents, caplog):
     assert native.newest(tmp_path) is None
     assert native.newest(tmp_path / "nowhere") is None
@@ -190,6 +217,7 @@ def test_a_failure_at_any_stage_leaves_the_old_and_no_rubbish(
     assert stages >= {"fsync": 6, "replace": 1}[call]  # 4 files, the manifest, the folder, its parent
 
 
+@pytest.mark.fault(2)
 def test_kill_at_every_stage_leaves_the_old_or_the_new(tmp_path):
     """A process dies (os._exit) at its k-th fsync, rename or delete, for every k: step 2 loads, or 1 does."""
     code = textwrap.dedent(
@@ -257,6 +285,7 @@ def test_clean_removes_what_the_dead_left_and_nothing_else(tmp_path, tensors, do
     for name in [*keep, *gone]:
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "file").touch()
+    (tmp_path / f"model.safetensors.tmp-{os.getpid()}").write_bytes(b"half")
     clean(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(keep)
     clean(tmp_path / "nowhere")
@@ -287,6 +316,8 @@ def test_space_is_asked_for_where_the_folder_will_be(tmp_path):
         InputError, match=r"^.*/not/yet: needs 1000000000.0 GB free for a checkpoint, .* GB are; "
     ):
         native.require_space(tmp_path / "not" / "yet", 10**18)
+    with pytest.raises(InputError, match="are; free some space, or choose another disk$"):
+        native.require_space(tmp_path, 10**18, "choose another disk")
 
 
 def test_resolve_takes_run_stage_folder_and_checkpoint(tmp_path, tensors, documents):

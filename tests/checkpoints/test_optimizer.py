@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.checkpoints.native import flatten_optimizer, load_document, load_tensors, restore_optimizer, save
+from ldm.checkpoints.native import load_document, load_tensors, save
+from ldm.checkpoints.optimizer import flatten_optimizer, restore_optimizer
 from ldm.errors import InputError
 
 

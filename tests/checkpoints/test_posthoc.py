@@ -215,7 +215,7 @@ def test_a_run_without_snapshots_and_a_damaged_one(tiny_run, stage):
         combine(resolve(tiny_run), 0.08)
     folder = stage[0].parent.parent / "ema"
     (folder / "step-000000030/ema-0.05.safetensors").write_bytes(b"no")
-    with pytest.raises(InputError, match="snapshots: one is not a safetensors file"):
+    with pytest.raises(InputError, match="ema-0.05.safetensors: is no safetensors file"):
         dict(combine(stage[0], 0.08).tensors())
 
 

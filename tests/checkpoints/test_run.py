@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 
@@ -172,16 +173,15 @@ HOLDER = textwrap.dedent(
     import os, sys, time
     from ldm.checkpoints.run import RunDirectory
     with RunDirectory(sys.argv[1], "quick").lock():
-        if sys.argv[2] == "fork" and os.fork() == 0:  # like a loader worker that outlives its parent
-            sys.stdout.close()
-            time.sleep(60)
-            os._exit(0)
-        print("held", flush=True)
+        # a forked child is like a loader worker that outlives its parent: it gives the lock up as it starts
+        if sys.argv[2] == "alone" or os.fork() == 0:
+            print("held", flush=True)
         time.sleep(60)
     """
 )
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("how", ["alone", "fork"])
 def test_one_writer_until_it_is_killed(tmp_path, how):
     holder = subprocess.Popen(
@@ -238,3 +238,49 @@ def test_record_is_readable_json(tmp_path):
     run = RunDirectory(tmp_path, "quick")
     run.start()
     assert json.loads((run.path / "run.json").read_text())["created"].endswith("+00:00")
+
+
+def test_events_are_kept_newest_last(tmp_path):
+    run = RunDirectory(tmp_path, "run", rank=0)
+    run.start()
+    for step in range(module.EVENTS + 5):
+        run.event("resume", step, "on\nhost a")
+    found = run.record()["events"]
+    assert [event["step"] for event in found] == list(range(5, module.EVENTS + 5))
+    assert {(event["kind"], event["what"]) for event in found} == {("resume", "on host a")}
+    assert RunDirectory(tmp_path, "run", rank=1).event("resume", 1) is None
+    assert len(run.record()["events"]) == module.EVENTS
+    assert run.record()["restarts"] == 0
+
+
+def test_threads_that_note_at_once_lose_nothing(tmp_path):
+    run = RunDirectory(tmp_path, "run", rank=0)
+    run.start()
+
+    def note(name):
+        for i in range(20):
+            run.event(name, i)
+            run.note(**{f"{name}{i}": i})
+
+    threads = [threading.Thread(target=note, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    record = run.record()
+    assert {(e["kind"], e["step"]) for e in record["events"]} == {(n, i) for n in "ab" for i in range(20)}
+    assert all(record[f"{name}{i}"] == i for name in "ab" for i in range(20))
+
+
+def test_an_event_that_cannot_be_written_is_said(tmp_path, caplog):
+    run = RunDirectory(tmp_path, "run", rank=0)
+    run.start()
+    (run.path / "run.json.new").symlink_to("/dev/full")
+    before = run.record()
+    run.event("resume", 1)
+    run.finish("", "done")
+    assert run.record() == before
+    assert caplog.text.count("run.json cannot be written (No space left on device)") == 1
+    (run.path / "run.json.new").unlink()
+    run.event("resume", 2)
+    assert [event["step"] for event in run.record()["events"]] == [2]

@@ -24,6 +24,7 @@ TINY = {  # a new YAML without an entry here fails every law
         "parts": {"clip_l": {**TOWER, "layer": 2}, "big_g": TOWER, "sizes": {"width": 4}},
     },
     "inpainting": {"context_dim": 16, "parts": {"text": TOWER}},
+    "depth": {"context_dim": 16, "parts": {"text": TOWER}},
     "upscaling": {
         "context_dim": 16,
         "parts": {

@@ -7,8 +7,9 @@ import torch
 
 from ldm.backbones.unet import CrossAttentionUNet
 from ldm.conditioning.combined import Combined, Sizes
+from ldm.conditioning.frozen import FrozenOpenCLIP
 from ldm.conditioning.label import ClassLabel
-from ldm.conditioning.text import FrozenOpenCLIP, TextTransformer
+from ldm.conditioning.text import TextTransformer
 from ldm.errors import InputError
 from ldm.types import Batch
 
@@ -219,3 +220,27 @@ def test_a_trained_part_stays_trained_and_a_frozen_one_frozen():
     assert not both.parts["clip"].training
     trained = {name.split(".")[1] for name, p in both.named_parameters() if p.requires_grad}
     assert trained == {"own"}
+
+
+def test_outputs_of_towers_may_be_made_beforehand():
+    """They stand for the captions; sizes are still those of the batch, which a crop may change."""
+    torch.manual_seed(0)
+    parts = {"clip_l": tower(), "big_g": tower(pooled=True), "sizes": Sizes(4)}
+    both, size = Combined(parts), torch.tensor([[64, 48], [32, 32]])
+    facts = {"original_size": size, "crop": size, "target_size": size}
+    batch = Batch(torch.arange(2), torch.ones(2), caption=["one", ""], **facts)
+    given = both.towers()(batch)
+    beforehand = {"context": given.context.half(), "pooled": given.pooled.half()}
+    found = both(Batch(torch.arange(2), torch.ones(2), **beforehand, **facts))
+    expected = both(batch)
+    assert found.pooled.shape[1] == given.pooled.shape[1] + 24
+    torch.testing.assert_close(found.context, expected.context, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(found.pooled, expected.pooled, atol=2e-3, rtol=2e-3)
+    assert found.context.dtype == torch.float32
+
+
+def test_towers_that_are_trained_are_asked_in_every_step():
+    trained = TextTransformer(16, 1, 2, context_length=12)
+    assert trained.towers() is None
+    assert Combined({"a": tower(), "b": trained}).towers() is None
+    assert Combined({"sizes": Sizes(4)}).towers() is None

@@ -97,7 +97,7 @@ def test_labels_come_from_the_shards(shards):
     assert labels == {"0": 0, "1": 10, "2": -1, "3": 30}
     assert found.label.dtype == torch.int64
     assert sorted(found.caption) == ["", "", "none", "one"]
-    assert data.index.damage == {"bad_label": 1}
+    assert data.sources[0].index.damage == {"bad_label": 1}
 
 
 class Shade(nn.Module):

@@ -15,7 +15,11 @@ from ldm.training.optim import Constant
 from ldm.types import Conditioning
 
 NAMES = sorted(path.stem for path in (CONFIG_DIR / "conditioner").glob("*.yaml"))
-SHOWN = {"inpainting": ["concat"], "upscaling": ["concat", "label"]}  # what is kept of a dropped caption
+SHOWN = {  # what is kept of a dropped caption
+    "depth": ["concat"],
+    "inpainting": ["concat"],
+    "upscaling": ["concat", "label"],
+}
 
 
 @pytest.fixture(params=NAMES)
@@ -26,6 +30,17 @@ def name(request):
 @pytest.fixture
 def conditioner(name, build_tiny):
     return build_tiny(name)
+
+
+@pytest.fixture
+def whole_batch(whole_batch, name):
+    """With a source for what has no other picture to go by."""
+
+    def make(*place):
+        batch = whole_batch(*place)
+        return replace(batch, source=batch.image) if name == "depth" else batch
+
+    return make
 
 
 def given_fields(conditioning):

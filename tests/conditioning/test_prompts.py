@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ldm.conditioning.frozen import FrozenOpenCLIP
 from ldm.conditioning.prompts import Piece, chunked, emphasised, parse
-from ldm.conditioning.text import END, START, FrozenOpenCLIP, TextTransformer, Tokenizer
+from ldm.conditioning.text import END, START, TextTransformer, Tokenizer
 from ldm.errors import InputError
 from ldm.types import Batch
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.conditioning.spatial import Inpainting, Upscaling, random_masks, resized
+from ldm.conditioning.spatial import Depth, Inpainting, Upscaling, random_masks, resized
 from ldm.diffusion.noise_scheduler import VariancePreserving
 
 
@@ -134,6 +134,43 @@ def test_noise_is_that_of_diffusers(upscaling):
     ours = upscaling.noise_scheduler
     alpha, sigma = (f(level.float()).view(-1, 1, 1, 1) for f in (ours.alpha, ours.sigma))
     torch.testing.assert_close(alpha * image + sigma * noise, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def depth(autoencoder):
+    conditioner = Depth()
+    conditioner.use_autoencoder(autoencoder)
+    return conditioner
+
+
+def test_depth_is_prepared_as_by_diffusers(depth, whole_batch):
+    """The depth pipeline: bicubic to the latents' size, then by its own least and greatest value."""
+    batch = whole_batch()
+    source = batch.image[:, :, :20, :28]
+    given = depth(replace(batch, source=source)).concat
+    grey = source.float().mean(1, keepdim=True)
+    grey = F.interpolate(grey, size=(8, 8), mode="bicubic", align_corners=False)
+    low, high = torch.amin(grey, dim=[1, 2, 3], keepdim=True), torch.amax(grey, dim=[1, 2, 3], keepdim=True)
+    torch.testing.assert_close(given, 2.0 * (grey - low) / (high - low) - 1.0)
+    assert given.amin((1, 2, 3)).tolist() == [-1, -1, -1]
+    assert given.amax((1, 2, 3)).tolist() == [1, 1, 1]
+
+
+def test_a_flat_map_is_far_and_finite(depth, whole_batch):
+    batch = whole_batch()
+    flat = torch.full((3, 3, 30, 22), 201, dtype=torch.uint8)
+    assert (depth(replace(batch, source=flat)).concat == -1).all()
+
+
+def test_depth_has_the_size_of_the_latents(depth, whole_batch):
+    batch = replace(whole_batch(), image=None, source=whole_batch().image)
+    assert depth(batch).concat.shape == (3, 1, 8, 8)
+    assert depth(replace(batch, moments=torch.zeros(3, 8, 5, 6))).concat.shape == (3, 1, 5, 6)
+    size = torch.tensor([[16, 24]]).expand(3, -1)
+    assert depth(replace(batch, target_size=size)).concat.shape == (3, 1, 4, 6)
+    assert depth.to(torch.bfloat16)(batch).concat.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"needs a map of it: batch.source, in sampling init_image"):
+        depth(replace(batch, source=None))
 
 
 @pytest.mark.parametrize(

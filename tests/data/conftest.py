@@ -1,10 +1,13 @@
 import io
 import json
+import uuid
 
 import numpy as np
 import pytest
 import webdataset as wds
 from PIL import Image
+
+from tests.data.servers import s3_server, web_server
 
 
 @pytest.fixture
@@ -70,3 +73,33 @@ def shards(write, sample):
 def number_of():
     """Image of a batch [3 H W] in one colour -> the number of its sample."""
     return lambda image: int(np.asarray(image)[0, 0, 0]) + 256 * int(np.asarray(image)[1, 0, 0])
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A web server of the files under tmp_path."""
+    with web_server(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """The endpoint of an S3 that the environment points to."""
+    with s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(s3):
+    """(path of a file, key) -> its url in an S3 bucket of this test."""
+    import boto3
+
+    client, name = boto3.client("s3"), f"b-{uuid.uuid4().hex}"
+    client.create_bucket(Bucket=name)
+
+    def put(path, key):
+        client.upload_file(str(path), name, key)
+        return f"s3://{name}/{key}"
+
+    yield put
+    client.close()

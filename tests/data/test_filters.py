@@ -3,8 +3,10 @@ import pickle
 import numpy as np
 import pytest
 
-from ldm.data.filters import AspectRatio, CaptionLength, Filter, MaxValue, MinSize, MinValue, select
+from ldm.data.filters import AspectRatio, CaptionLength, Filter, MaxValue, MinSize, MinValue, OptOut
+from ldm.data.hashes import hash_text, hashes_of, host_of
 from ldm.data.index import build_index
+from ldm.data.selection import select
 from ldm.errors import InputError
 
 SAMPLE = {
@@ -64,7 +66,7 @@ def test_whole_columns_agree_with_single_samples(write, sample, condition, chang
 
 
 def test_every_filter_is_in_the_table():
-    classes = {kind for kind in Filter.__subclasses__() if kind.__module__.startswith("ldm.")}
+    classes = {kind for kind in Filter.__subclasses__() if kind.__module__.startswith("ldm.")} - {OptOut}
     assert classes == {type(condition) for condition, _, _ in TABLE}
     for kind in classes:
         verdicts = {kept for condition, _, kept in TABLE if type(condition) is kind}
@@ -143,3 +145,103 @@ def test_keeping_nothing_is_an_error(shards):
 def test_limits_are_compared_in_the_precision_of_the_column():
     assert MaxValue("s", 0.1).mask({"s": np.array([0.1], np.float32)}).all()
     assert MinValue("s", 0.7).mask({"s": np.array([0.7], np.float32)}).all()
+
+
+# ---- opt-out lists ---------------------------------------------------------------------------------------
+
+MD5, SHA = (
+    "d41d8cd98f00b204e9800998ecf8427e",
+    "E3B0C44298FC1C149AFBF4C8996FB92427AE41E4649B934CA495991B7852B855",
+)
+
+
+@pytest.fixture
+def optout(tmp_path):
+    """Lines -> path of a list of them."""
+
+    def make(*lines, name="list.txt"):
+        (tmp_path / name).write_text("\n".join(["# asked for in 2024", "", *lines, ""]))
+        return str(tmp_path / name)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("line", "sample", "kept"),
+    [
+        ("http://a.org/1.jpg", {"url": "http://a.org/1.jpg"}, False),
+        ("http://a.org/1.jpg", {"url": "http://a.org/1.jpg?x"}, True),
+        ("http://a.org/1.jpg", {"url": "https://a.org/1.jpg"}, True),
+        ("a.org", {"url": "http://a.org/1.jpg"}, False),
+        ("A.org.", {"url": "https://www.a.org:8080/1.jpg"}, False),
+        ("www.a.org", {"url": "http://a.org/1.jpg"}, False),
+        ("a.org", {"url": "http://images.a.org/1.jpg"}, True),
+        ("images.a.org", {"url": "http://IMAGES.a.org/1.jpg"}, False),
+        ("a.org", {"url": "http://b.org/a.org"}, True),
+        ("a.org", {"url": "http://[broken"}, True),
+        (MD5, {"url": "http://a.org/1.jpg", "md5": MD5.upper()}, False),
+        (MD5.upper(), {"md5": MD5}, False),
+        (MD5, {"sha256": SHA}, True),
+        (SHA, {"sha256": SHA.lower()}, False),
+        (MD5, {"url": 5, "md5": None}, True),
+    ],
+)
+def test_opt_out_by_url_host_and_digest(optout, line, sample, kept):
+    condition = OptOut(optout(line))
+    assert condition(sample) is kept
+    assert pickle.loads(pickle.dumps(condition))(sample) is kept
+
+
+def test_several_lists_are_one(optout):
+    lists = [optout("a.org", "b.org", name="1"), optout("http://c.org/1", "a.org", name="2")]
+    urls = ["http://a.org/1", "http://b.org/2", "http://c.org/1", "http://c.org/2"]
+    condition = OptOut(lists)
+    assert [condition({"url": url}) for url in urls] == [False, False, False, True]
+    assert all(OptOut([])({"url": url}) for url in urls)
+
+
+def test_opt_out_of_samples_that_cannot_be_judged(optout):
+    sample = {"url": "http://a.org/1"}  # has no digest
+    files = optout("http://b.org/1", MD5)
+    assert OptOut(files)(sample)
+    assert not OptOut(files, "drop")(sample)
+    with pytest.raises(InputError, match=r"can say nothing of 1 of 1 samples; set missing: drop or"):
+        OptOut(files, "error")(sample)
+    assert not OptOut(optout("http://a.org/1", MD5))(sample), "what it has is listed"
+
+
+def test_wrong_lists_are_one_line(optout, tmp_path):
+    with pytest.raises(InputError) as caught:
+        OptOut(optout("a.org", "*.b.org"))
+    place = f"{tmp_path / 'list.txt'}:4"
+    assert str(caught.value) == (
+        f"{place}: '*.b.org' is no URL, host or digest; write one a line: https://..., or example.org"
+    )
+    with pytest.raises(InputError, match=r"nowhere.txt: No such file or directory; give the list's path"):
+        OptOut(str(tmp_path / "nowhere.txt"))
+
+
+def test_an_index_without_hashes_is_one_line(optout):
+    with pytest.raises(InputError) as caught:
+        OptOut(optout("a.org")).mask({"width": np.zeros(3)})
+    assert "names a domain, and this index has none: it is older" in str(caught.value)
+    assert str(caught.value).endswith("; index again with ldm data index")
+
+
+def test_hashes_of_a_sample():
+    found = hashes_of({"url": " http://www.A.org/1 ", "sha256": SHA, "md5": MD5})
+    texts = {"url": "http://www.A.org/1", "domain": "a.org", "picture": SHA.lower()}
+    assert found == {name: hash_text(text) for name, text in texts.items()}
+    assert hashes_of({"url": None, "sha256": 7}) == {"url": 0, "domain": 0, "picture": 0}
+    assert hash_text("") == 0x2D06800538D394C2  # XXH3's published value
+    assert host_of("example.org") == "example.org"
+
+
+def test_opt_out_of_real_shards(optout, write, sample):
+    """Three samples by URL, host and digest, out of ten."""
+    facts = [{"url": f"http://h{i}.org/{i}.jpg", "md5": f"{i:032x}"} for i in range(10)]
+    index = build_index(str(write("00000.tar", [sample(i, **facts[i]) for i in range(10)])))
+    files = optout("http://h1.org/1.jpg", "http://h2.org/1.jpg", "h4.org", f"{7:032X}")
+    selection = select(index, [OptOut(files)])
+    assert selection.rows.tolist() == [0, 2, 3, 5, 6, 8, 9]
+    assert selection.table()[1].startswith("             3  dropped by OptOut(")

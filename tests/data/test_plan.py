@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from ldm.data.plan import READ_BYTES, Stream, mix, plan_constants, shuffle
+from ldm.data.plan import READ_BYTES, Stream, Walk, consumed, mix, plan_constants, shuffle, skipped
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,12 @@ def test_samples_of_a_block_are_neighbours_and_the_rest_of_it_is_known():
     stream = Stream([1000] * 30, 16, 32, seed=5)
     assert stream.block == 32
     for n in (0, 5, 16 * 32 + 3):
-        rest = stream.rest_of_block(n)
-        _, place = stream.places(rest)
-        assert stream.offset(rest).tolist() == list(range(32))
+        block = n + 16 * np.arange(32)
+        place = stream.places(block).place
+        assert stream.blocks_at(block)[0].tolist() == list(range(32))
+        assert set(stream.blocks_at(block)[1].tolist()) == {32}
         assert sorted(((place - place.min()) % stream.size).tolist()) == list(range(32))
-    assert len(stream.rest_of_block(16 * 7)) == 32 - 7
+    assert stream.blocks_at(np.array([16 * 7]))[0] == 7
 
 
 def test_seed_and_source_change_the_order():
@@ -122,6 +123,33 @@ def test_plan_constants(size, mean_bytes, batch, expected):
     assert lanes % batch == 0
     assert block == 1 or block * mean_bytes <= READ_BYTES
     assert Stream([size], lanes, block).block == block  # the stored constants are those in use
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 1), (5, 700), (511, 2), (3 * 512, 512), (100_000, 3000)])
+def test_looking_up_many_is_the_same_as_one_by_one(first, count):
+    stream = Stream([700, 1, 0, 9000], 16, 32, seed=3)
+    table = np.random.default_rng(0).integers(0, 255, stream.size, np.uint8)
+    assert stream.look_up([table], first, count).tolist() == (
+        table[stream.places(first + np.arange(count)).place].tolist()
+    )
+
+
+def test_a_walk_ends():
+    at = Walk([3, 0, 2]).places(np.arange(7))
+    assert at.source[:5].tolist() == [0, 0, 0, 2, 2]
+    assert at.place.tolist() == [0, 1, 2, 0, 1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [[], [(0, 8)], [(8, 16), (32, 40)], [(32, 40), (8, 16)], [(8, 24), (16, 32)], [(8, 16), (16, 24)]],
+)
+def test_consumed_counts_stay_contiguous_where_a_run_leaps(windows):
+    gone = {n for first, end in windows for n in range(first, end)}
+    left = [n for n in range(100) if n not in gone]
+    assert [skipped(i, windows) for i in range(len(left))] == left
+    assert skipped(np.arange(len(left)), windows).tolist() == left
+    assert [consumed(n, windows) for n in left] == list(range(len(left)))
 
 
 def test_laion_sized_plan_is_small():

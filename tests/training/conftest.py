@@ -162,6 +162,12 @@ def autoencoder_run(laion, tmp_path_factory):
     return root / "first"
 
 
+@pytest.fixture(scope="session")
+def stage2(laion, autoencoder_run):
+    """Overrides of a tiny run of stage 2, less its name and place, for what several tests share."""
+    return [*STAGE2, *reading(laion), *OFTEN, f"autoencoder_from={autoencoder_run}"]
+
+
 @pytest.fixture
 def recipe(data, tmp_path, request):
     """(stage 1 or 2, run_name, overrides) -> the command line of a tiny run in tmp_path."""
@@ -235,13 +241,15 @@ ldm.config.CONFIG_DIR = Path({configs!r})
 import train
 from ldm.training.module import TrainingModule
 
-at, step_time = {at!r}, {step_time!r}
+at, hold, step_time = {at!r}, {hold!r}, {step_time!r}
 original = TrainingModule.optimizer_step
 
 def optimizer_step(self, *args, **kwargs):
     time.sleep(step_time)
     if [type(self).__name__, self.trainer.global_step + 1] == at:
         os._exit(9)
+    if self.trainer.global_step + 1 == hold:
+        time.sleep(600)
     original(self, *args, **kwargs)
 
 TrainingModule.optimizer_step = optimizer_step
@@ -252,13 +260,18 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def process(two_stage_configs, tmp_path):
-    """(command line) -> train.py as a process; `at=(module, step)`: it dies in the middle of that step."""
+    """(command line) -> train.py as a process; `at=(module, step)`: it dies in the middle of that step.
+
+    `hold`: it stops for good before that optimizer step, for a test to kill it there. `source` is another
+    program that runs train.py.
+    """
     started = []
 
-    def start(argv, at=None, step_time=0.0, env=None):
-        settings = {"configs": str(two_stage_configs), "at": at and list(at), "step_time": step_time}
+    def start(argv, at=None, hold=None, step_time=0.0, env=None, source=None):
+        settings = {"configs": str(two_stage_configs), "at": at and list(at), "hold": hold}
+        settings["step_time"] = step_time
         script = tmp_path / f"script{len(started)}.py"
-        script.write_text(SCRIPT.format(**settings))
+        script.write_text(source or SCRIPT.format(**settings))
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(env or {})}
         command = [sys.executable, str(script), *argv]
@@ -302,12 +315,18 @@ def rows():
 
 @pytest.fixture
 def assert_same_run(rows):
-    """Two runs or stages: newest checkpoint equal byte for byte, and the same rows in the log."""
+    """Two runs or stages: newest checkpoint equal byte for byte, and the same rows in the log.
+
+    The files of one process and of several are other files.
+    """
 
     def check(run, other):
         newest, expected = (sorted((folder / "checkpoints").glob("step-*"))[-1] for folder in (run, other))
         assert newest.name == expected.name
-        for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "data.json"):
+        names = {path.name for path in newest.iterdir() if path.suffix == ".safetensors"} | {"data.json"}
+        assert names - {"data.json"}
+        assert names <= {path.name for path in expected.iterdir()}
+        for name in names:
             assert (newest / name).read_bytes() == (expected / name).read_bytes(), name
         assert rows(run) == rows(other)
 

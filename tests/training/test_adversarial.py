@@ -164,6 +164,7 @@ def close(a, b):
             torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing_but_rounding(recipe, tmp_path):
     """But for the adaptive weight, which each micro-batch has of its own."""
     more = [*GAN, "module.start=2", "module.adaptive=false", "trainer.precision=64-true"]
@@ -172,6 +173,7 @@ def test_accumulation_changes_nothing_but_rounding(recipe, tmp_path):
     close(*(native.resolve(tmp_path / name) for name in ("two", "one")))
 
 
+@pytest.mark.slow
 def test_resume_in_mid_schedule_is_bit_identical(recipe, monkeypatch, assert_same_run, tmp_path):
     more = [*GAN, "module.start=3"]
     assert train.command(recipe(1, "whole", *more)) == 0

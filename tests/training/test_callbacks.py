@@ -15,9 +15,9 @@ import train
 from ldm.checkpoints import native
 from ldm.config import build, compose
 from ldm.diffusion.samplers import ddim
-from ldm.training.assembly import build_module, load_frozen
+from ldm.training import starting
+from ldm.training.assembly import build_module
 from ldm.training.callbacks.base import StepCallback
-from ldm.training.callbacks.checkpoint import load_weights
 from ldm.training.callbacks.metrics import MetricsLog
 from ldm.training.callbacks.pictures import TextPictures
 from ldm.training.callbacks.progress import ProgressBar
@@ -48,8 +48,15 @@ def test_the_log_of_a_run(stage, recipe, tmp_path):
     assert train.command(recipe(stage, "run")) == 0
     rows = table(tmp_path / "run")
     names = {name for _, name, _ in rows}
-    expected = {"train/loss", "train/lr", "perf/images_per_sec", "perf/data_wait_percent"}
-    expected |= {f"train/{name}_norm" for name in ("grad", "param", "update")}
+    expected = {
+        "train/loss",
+        "train/loss_spikes",
+        "train/lr",
+        "perf/images_per_sec",
+        "perf/data_wait_percent",
+    }
+    expected |= {"train/skipped", *(f"train/{name}_norm" for name in ("grad", "param", "update"))}
+    expected |= {f"perf/{name}" for name in ("images_per_sec_per_gpu", "memory_gb", "hours_left")}
     if stage == 1:
         assert names == expected | {"train/l1", "train/kl", "validation/psnr", "validation/ssim"}
     else:
@@ -85,7 +92,7 @@ def test_rows_ahead_of_the_checkpoint_and_torn_rows_go_on_resume(recipe, rows, t
 # ---- validation, pictures
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_validation_is_that_of_the_averaged_weights(stage, recipe, tmp_path):
     argv = recipe(stage, "run", "trainer.max_steps=4", "module.ema_decay=0.9")
     assert train.command(argv) == 0
@@ -94,10 +101,9 @@ def test_validation_is_that_of_the_averaged_weights(stage, recipe, tmp_path):
     terms = {}
     for weights in ("ema", "raw"):
         module = build_module(cfg).eval()
-        if cfg.autoencoder_from:
-            load_frozen(module, "autoencoder", cfg.autoencoder_from)
+        start = compose("train", [*argv, f"init_from={found}"])
+        starting.fill(module, start, None, starting.opened(start, None))
         module.ema = EMA(module)
-        load_weights(module, found)
         if weights == "raw":
             module.load_state_dict(native.load_tensors(found, "model"))
         total, count = 0.0, 0.0
@@ -234,6 +240,7 @@ def test_only_steps_that_log_wait_for_the_device(stage, recipe, monkeypatch):
 
     monkeypatch.setattr(TrainingModule, "on_train_batch_start", start)
     monkeypatch.setattr(TrainingModule, "on_train_batch_end", end)
+    monkeypatch.setattr(TrainingModule, "on_host", False)  # as on a GPU
     often = ["trainer.max_steps=11", "callbacks.metrics.every=4", "trainer.accumulate_grad_batches=2"]
     rare = [f"callbacks.{name}.every=100" for name in ("checkpoint", "validation", "pictures")]
     argv = recipe(stage, "run", *often, *rare)

@@ -12,11 +12,14 @@ from ldm.checkpoints.run import RunDirectory, Stage
 from ldm.config import CONFIG_DIR, build, compose, plain
 from ldm.training.assembly import FITTING, build_callbacks, build_module
 from ldm.training.autoencoder_module import AutoencoderModule
+from ldm.training.callbacks.guard import Guard
 from ldm.training.diffusion_module import LatentDiffusionModule
 from ldm.training.module import TrainingModule
+from ldm.training.summary import without_weights
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
-OPTIONS = sorted((path.parent.name, path.stem) for path in CONFIG_DIR.glob("*/*.yaml"))
+GROUPS = (path for path in CONFIG_DIR.glob("*/*.yaml") if path.parent.name != "experiment")
+OPTIONS = sorted((path.parent.name, path.stem) for path in GROUPS)
 GIVEN = ["run_name=x", "data.shards=x.tar", "autoencoder_from=x"]  # what recipes leave to the user
 FILTERS = (
     "[{_target_: ldm.data.filters.MinValue, column: aesthetic, value: 5.0},"
@@ -30,8 +33,12 @@ FILTERS = (
 KWARGS = {
     "snapshots": {"folder": "x"},
     "metrics": {"path": "x"},
-    "checkpoint": {"folder": "x"},
+    "guard": {},
+    "checkpoint": {"folder": "x", "guard": Guard()},
     "validation": {"metrics": None},
+    "watchdog": {"run": None},
+    "heartbeat": {"run": None, "stage": None},
+    "spikes": {"folder": "x", "rows": 1},
 }
 
 
@@ -59,29 +66,36 @@ def small(small_diffusion):
 
 def given_to(name):
     """What a user has to say beside the name of the recipe."""
-    return [] if name.startswith("quickstart") else GIVEN[1:2] if is_stage_1(name) else GIVEN[1:]
+    if name.startswith("quickstart"):
+        return []
+    asked = "required: [init_from]" in (CONFIG_DIR / f"experiment/{name}.yaml").read_text()
+    return GIVEN[1:2] if is_stage_1(name) else [*GIVEN[1:], *(["init_from=x"] if asked else [])]
 
 
-def stages_of(cfg):
-    return [compose("train", [f"experiment={name}"]) for name in cfg.stages or []] or [cfg]
+def built(cfg, name, small):
+    """The module, on paper where the recipe is too large to build and is not made small here."""
+    if small(name) or name.startswith("quickstart"):
+        return build_module(cfg)
+    return build_module(without_weights(plain(cfg)), device="meta")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_builds(name, small, tmp_path):
-    for cfg in stages_of(compose("train", [f"experiment={name}", *given_to(name), *small(name)])):
-        module = build_module(cfg)
-        assert isinstance(module, LatentDiffusionModule if "backbone" in cfg else AutoencoderModule)
-        assert sum(p.numel() for p in module.parameters()) > 1000
-        datamodule = build(cfg.data)
-        assert datamodule.global_batch_size == cfg.data.global_batch_size
-        checkpoints = build(cfg.callbacks.checkpoint, folder=tmp_path)
-        callbacks, metrics = build_callbacks(
-            cfg, RunDirectory(tmp_path, "x"), Stage(cfg.stage, tmp_path), checkpoints
-        )
-        assert callbacks[-1] is checkpoints
-        assert metrics in callbacks
-        assert (cfg.report is None) == (not name.startswith("quickstart"))
-        assert list(tmp_path.iterdir()) == []
+    cfg = compose("train", [f"experiment={name}", *given_to(name), *small(name)])
+    if cfg.stages:
+        assert set(cfg.stages) <= set(EXPERIMENTS)
+        return
+    module = built(cfg, name, small)
+    assert isinstance(module, LatentDiffusionModule if "backbone" in cfg else AutoencoderModule)
+    assert sum(p.numel() for p in module.parameters()) > 1000
+    datamodule = build(cfg.data)
+    assert datamodule.global_batch_size == cfg.data.global_batch_size
+    run, stage = RunDirectory(tmp_path, "x"), Stage(cfg.stage, tmp_path)
+    callbacks, metrics, checkpoints = build_callbacks(cfg, run, stage, None)
+    assert callbacks[-1] is checkpoints
+    assert metrics in callbacks
+    assert (cfg.report is None) == (not name.startswith("quickstart"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -98,8 +112,8 @@ def test_every_experiment_says_what_it_needs_and_gives(name):
 def choices(group, option, small):
     """Overrides under which this option makes a whole config."""
     chosen = [f"{group}={option}"]
-    if group in ("experiment", "debug"):
-        return [*(["experiment=quickstart_diffusion"] if group == "debug" else []), *chosen]
+    if group == "debug":
+        return ["experiment=quickstart_diffusion", *chosen]
     if (group, option) == ("module", "autoencoder_gan"):
         chosen += ["discriminator=patchgan"]
     if option.startswith("autoencoder") and group in ("module", "callbacks"):
@@ -111,19 +125,21 @@ def choices(group, option, small):
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_of_every_group_composes(group, option, small_diffusion):
-    given = [text for text in GIVEN if not (group == "data" and option != "shards" and "shards" in text)]
-    if group in ("experiment", "debug"):
-        given = given_to(option) if group == "experiment" else []
+    unsharded = group == "data" and option not in ("shards", "cached")
+    given = [text for text in GIVEN if not (unsharded and "shards" in text)]
+    if group == "debug":
+        given = []
     extra = ["data.folder=x"] if option == "folder" else []
     cfg = compose("train", [*choices(group, option, small_diffusion), *given, *extra])
     assert plain(cfg)
-    if group in ("experiment", "debug"):
+    if group == "debug":
         return
     section = cfg[group]
     if group == "callbacks":
         pictures = {"folder": "x"} | ({"sampler": None} if option == "latent_diffusion" else {})
         for name, part in section.items():
-            assert build(part, **({**KWARGS, "pictures": pictures}[name])).every == part.every
+            built = build(part, **({**KWARGS, "pictures": pictures}[name]))
+            assert built.every == part.get("every", 1)
     elif group == "trainer" and option != "cpu":
         assert section.accelerator == "gpu"  # what a machine without one says is in test_train_command
     elif group == "trainer":
@@ -197,6 +213,7 @@ def test_laion_subset_runs_on_tiny_shards(laion_subset, tmp_path):
         assert picture.width > 32
 
 
+@pytest.mark.slow
 def test_debug_fast_shows_that_the_whole_quickstart_runs(tmp_path):
     size = ["data.num_objects=4", f"data.cache_dir={tmp_path}/data", f"run_root={tmp_path}"]
     assert train.command(["experiment=quickstart", "debug=fast", *size]) == 0
@@ -209,6 +226,7 @@ def test_debug_fast_shows_that_the_whole_quickstart_runs(tmp_path):
     assert (run / "contact_sheet.png").is_file()
 
 
+@pytest.mark.slow
 def test_debug_overfit_brings_the_loss_down(recipe, tmp_path):
     steps = ["trainer.max_steps=160", "callbacks.metrics.every=20", "callbacks.checkpoint.every=160"]
     calm = ["callbacks.validation.every=160", "callbacks.pictures.every=160", "optimizer.lr=0.01"]
@@ -225,6 +243,7 @@ def test_debug_overfit_sees_eight_samples(recipe):
     assert len(seen) == 8
 
 
+@pytest.mark.slow
 def test_debug_profile_writes_a_table_and_a_trace(recipe, tmp_path):
     assert train.command([*recipe(2, "debug_profile"), "debug=profile", "trainer.max_steps=6"]) == 0
     run = tmp_path / "debug_profile"

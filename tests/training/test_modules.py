@@ -188,9 +188,8 @@ def test_measured_latents_have_unit_variance(networks):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true", "64-true"])
-def test_a_fused_optimizer_is_clipped_in_every_precision(precision, data, small_diffusion, tmp_path):
-    common = [*small_diffusion, *data, "trainer=cpu", f"run_root={tmp_path}", "run_name=x"]
-    common += ["lr_schedule.warmup=0", "optimizer.fused=true", "trainer.max_steps=2"]
+def test_a_fused_optimizer_is_clipped_in_every_precision(precision, recipe, tmp_path):
+    common = recipe(2, "x", "lr_schedule.warmup=0", "optimizer.fused=true", "trainer.max_steps=2")
     assert train.command([*common, f"trainer.precision={precision}"]) == 0
     newest = native.resolve(tmp_path / "x")
     assert native.load_document(newest, "state.json")["step"] == 2

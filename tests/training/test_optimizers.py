@@ -6,6 +6,7 @@ from torch import nn
 
 import train
 from ldm.checkpoints import native
+from ldm.checkpoints.optimizer import flatten_optimizer, restore_optimizer
 from ldm.config import CONFIG_DIR, build, compose, plain
 from ldm.training.assembly import build_module
 from ldm.training.optim import parameter_groups, parameter_rules
@@ -69,13 +70,13 @@ def test_every_optimizer_goes_on_bit_by_bit(option, tmp_path):
     cfg = plain(compose("train", ["experiment=quickstart_autoencoder", f"optimizer={option}"]))
     net, optimizer, names = network()
     steps(net, optimizer, range(3))
-    tensors, document = native.flatten_optimizer(optimizer, names)
+    tensors, document = flatten_optimizer(optimizer, names)
     path = native.save(tmp_path, 3, {"model": net.state_dict(), "optimizer": tensors}, {"o.json": document})
     steps(net, optimizer, range(3, 6))
     other, resumed, names = network()
     other.load_state_dict(native.load_tensors(path, "model"))
     stored = native.load_tensors(path, "optimizer")
-    native.restore_optimizer(resumed, names, stored, native.load_document(path, "o.json"))
+    restore_optimizer(resumed, names, stored, native.load_document(path, "o.json"))
     steps(other, resumed, range(3, 6))
     for name, value in net.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name

@@ -14,6 +14,7 @@ import ldm
 import train
 from ldm.checkpoints import native
 from ldm.checkpoints.run import RunDirectory
+from ldm.errors import REQUEUE
 from ldm.training.module import TrainingModule
 
 STAGES = ("autoencoder", "diffusion")
@@ -46,7 +47,7 @@ def state(folder):
     return native.load_document(native.resolve(folder), "state.json")
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     stage, micro_batches, recipe, at_step, assert_same_run, tmp_path
@@ -57,7 +58,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for step, number in ((2, signal.SIGINT), (5, signal.SIGTERM)):
         done = at_step(step, lambda number=number: interrupt(number))
-        assert train.command(argv) == 128 + number
+        assert train.command(argv) == (130 if number == signal.SIGINT else REQUEUE)
         assert done
         assert (tmp_path / f"parts/checkpoints/step-{step:09d}").is_dir()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -81,6 +82,7 @@ def test_accumulation_changes_nothing_but_rounding(recipe, rows, tmp_path):
     assert steps == ["2", "4", "6"], "a row an optimizer step, not a micro-batch"
 
 
+@pytest.mark.slow
 def test_two_stages_are_interrupted_and_go_on_each_in_its_own(two_stages, at_step, assert_same_run, tmp_path):
     assert train.command(two_stages(tmp_path / "whole")) == 0
     argv = two_stages(tmp_path / "parts")
@@ -105,6 +107,7 @@ def test_two_stages_are_interrupted_and_go_on_each_in_its_own(two_stages, at_ste
     assert_same_run(run / "diffusion", tmp_path / "whole/tiny/diffusion")
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_in_a_step_loses_the_steps_since_the_checkpoint_alone(
     two_stages, process, assert_same_run, rows, tmp_path
 ):
@@ -121,6 +124,7 @@ def test_a_process_that_dies_in_a_step_loses_the_steps_since_the_checkpoint_alon
         assert_same_run(run / stage, tmp_path / "whole/tiny" / stage)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_reaches_the_loader_workers_too(
     recipe, process, rows, assert_same_run, tmp_path
 ):
@@ -145,6 +149,7 @@ def wait_for_step_2(one, run, rows):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_the_second_ctrl_c_does_not_wait_for_the_step(recipe, process, rows, tmp_path):
     one = process(recipe(1, "stuck"), step_time=3.0)
     wait_for_step_2(one, tmp_path / "stuck", rows)
@@ -157,6 +162,7 @@ def test_the_second_ctrl_c_does_not_wait_for_the_step(recipe, process, rows, tmp
     assert native.newest(tmp_path / "stuck/checkpoints") is None, "step 3 would have been saved"
 
 
+@pytest.mark.fault(18)
 def test_one_process_a_run(recipe, tmp_path, refused):
     argv = recipe(1, "taken")
     with RunDirectory(tmp_path, "taken").lock():
@@ -271,7 +277,8 @@ def held_by(one, lock):
 
 
 @pytest.mark.slow
-def test_sigkill_at_random_moments(two_stages, process, assert_same_run, tmp_path):
+@pytest.mark.fault(1)
+def test_sigkill_at_random_moments(two_stages, process, assert_same_run, trials, counted, tmp_path):
     """Also while networks are built, files written, stages changed."""
     more = ["trainer.max_steps=30", "callbacks.checkpoint.every=4", "callbacks.metrics.every=3"]
     whole = process(two_stages(tmp_path / "whole", *more))
@@ -281,18 +288,22 @@ def test_sigkill_at_random_moments(two_stages, process, assert_same_run, tmp_pat
     assert whole.returncode == 0, output
     took = time.monotonic() - started
 
-    argv, moments = two_stages(tmp_path / "parts", *more), random.Random(0)
-    for _ in range(4):
-        one = process(argv)
-        held_by(one, tmp_path / "parts/tiny/run.lock")
-        time.sleep(moments.uniform(0.02, 0.4) * took)
-        assert one.poll() is None, "the moments are too late to tell anything"
-        one.kill()
-        one.communicate()
-    last = process(argv)
-    output, _ = last.communicate(timeout=300)
-    assert last.returncode == 0, output
-    for stage in STAGES:
-        assert_same_run(tmp_path / "parts/tiny" / stage, tmp_path / "whole/tiny" / stage)
-    left = [path for path in (tmp_path / "parts").rglob("*") if ".tmp-" in path.name or path.suffix == ".new"]
-    assert left == []
+    moments = random.Random(0)
+    for trial in range(trials(1, 13)):
+        root = tmp_path / f"parts{trial}"
+        argv = two_stages(root, *more)
+        for _ in range(4):
+            one = process(argv)
+            held_by(one, root / "tiny/run.lock")
+            time.sleep(moments.uniform(0.02, 0.4) * took)
+            assert one.poll() is None, "the moments are too late to tell anything"
+            one.kill()
+            one.communicate()
+        last = process(argv)
+        output, _ = last.communicate(timeout=300)
+        assert last.returncode == 0, output
+        for stage in STAGES:
+            assert_same_run(root / "tiny" / stage, tmp_path / "whole/tiny" / stage)
+        left = [path for path in root.rglob("*") if ".tmp-" in path.name or path.suffix == ".new"]
+        assert left == []
+        counted(kills=4, deviations=0)

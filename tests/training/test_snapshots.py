@@ -26,7 +26,7 @@ def averages(checkpoint):
     return {p.name: p.read_bytes() for p in checkpoint.glob("ema*.safetensors")}
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_with_the_averages_and_snapshots_of_a_whole_one(stage, recipe, tmp_path):
     """Killed at step 5, after the checkpoint of step 3: what came between belongs to no run any more."""
     assert train.command(recipe(stage, "whole", *OFTEN)) == 0
@@ -88,6 +88,7 @@ def test_a_run_is_not_resumed_with_other_lengths(recipe, refused, tmp_path):
     assert "ema-0.05.safetensors: not found" in line
 
 
+@pytest.mark.slow
 def test_another_length_samples_and_is_stored_as_a_checkpoint(recipe, refused, capsys, tmp_path):
     assert train.command(recipe(2, "run", *OFTEN)) == 0
     run, out = tmp_path / "run", tmp_path / "out"

@@ -114,6 +114,7 @@ def test_the_learnt_log_variance_is_trained_saved_and_averaged(networks):
     assert "train/log_variance" in module.take_recorded()
 
 
+@pytest.mark.slow
 def test_a_codebook_of_running_means_travels_from_training_to_loading(tmp_path):
     """By the recipe of the quickstart, with an EMA codebook and a perceptual loss switched on by name."""
     shape = ["autoencoder.block_out_channels=[8,8,8]", "++autoencoder.norm_groups=4"]

@@ -8,7 +8,9 @@ import pytest
 
 import train
 from ldm.checkpoints import native
-from ldm.config import CONFIG_DIR
+from ldm.config import CONFIG_DIR, compose
+from ldm.errors import REQUEUE
+from ldm.training.assembly import build_stages
 from ldm.training.module import TrainingModule
 
 EXPERIMENTS = {
@@ -63,7 +65,7 @@ def test_growing_resumes_bit_by_bit(growing, assert_same_run, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingModule, "optimizer_step", optimizer_step)
-        assert train.command(growing(tmp_path / "parts")) == 143
+        assert train.command(growing(tmp_path / "parts")) == REQUEUE
     assert native.resolve(run).parent.parent == run / "high", "the unfinished stage is the run's newest"
     assert train.command(growing(tmp_path / "parts")) == 0
     for stage in ("low", "high"):
@@ -96,3 +98,20 @@ def test_deterministic_reaches_torch_and_is_undone(recipe, monkeypatch):
         assert train.command(recipe(1, name, "trainer.max_steps=1", *more)) == 0
         assert flags() == before
     assert seen == [(True, False, ":4096:8"), (False, True, None)]
+
+
+def test_what_a_run_starts_from_is_not_for_stages_that_go_on_from_another(growing, tmp_path):
+    argv = growing(tmp_path / "runs", "init_from=elsewhere")
+    stages = build_stages(compose("train", argv), argv)
+    assert [cfg.init_from for cfg in stages] == ["elsewhere", f"{tmp_path}/runs/growing/low"]
+
+
+def test_a_conditioner_for_sampling_alone_is_refused(recipe, refused, tmp_path):
+    depth = ["conditioner=depth", "conditioner.parts.text.layer=last", "backbone.in_channels=5"]
+    text = "conditioner.parts.text.model={width: 16, layers: 1, heads: 2, embed_dim: 16, quick_gelu: false}"
+    argv = [word for word in recipe(2, "run") if not word.startswith("conditioner")]
+    line = refused(
+        [*argv, *depth, "conditioner.parts.text.pretrained=random", "conditioner.context_dim=16", text]
+    )
+    assert line == "conditioner: reads what no training data has; it is for sampling alone"
+    assert not (tmp_path / "run").exists()

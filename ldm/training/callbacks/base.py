@@ -1,4 +1,7 @@
-"""When a callback acts: after every k-th completed optimizer step, whatever the accumulation."""
+"""When a callback acts: after every k-th completed optimizer step, whatever the accumulation.
+
+What a callback writes it writes under `spared`: no disk stops a step.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,10 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 
+from ldm.checkpoints.files import spared
 from ldm.training.module import TrainingModule
+
+__all__ = ["StepCallback", "spared"]
 
 
 class StepCallback(pl.Callback):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import lightning.pytorch as pl
 
 from ldm.training.autoencoder_module import AutoencoderModule
 from ldm.training.callbacks.base import StepCallback
 from ldm.training.module import TrainingModule
+from ldm.types import Batch
 
 log = logging.getLogger(__name__)
 
@@ -24,5 +27,13 @@ class LatentStatistics(StepCallback):
         micro = trainer.accumulate_grad_batches  # batches no larger than those of training
         count = math.ceil(module.latent_samples / datamodule.global_batch_size) * micro
         stream = datamodule.stream(trainer.global_rank, trainer.world_size, start=0, accumulate=micro)
-        batches = (batch.to(module.device) for _, batch in zip(range(count), stream, strict=False))
-        log.info("latent shift and scale measured over %d pictures", module.measure_latents(batches))
+        module.alive("measurement of the latents", long=True)
+        pictures = module.measure_latents(batches(module, islice(stream, count)))
+        log.info("latent shift and scale measured over %d pictures", pictures)
+
+
+def batches(module: TrainingModule, stream: Iterable[Batch]) -> Iterator[Batch]:
+    """On the device, each a sign of life."""
+    for batch in stream:
+        yield batch.to(module.device)
+        module.alive("measurement of the latents")

@@ -9,9 +9,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import queue
 import re
 import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -29,13 +32,16 @@ FINISH_SECONDS = 60.0  # that the last rows may take to be sent; they stay on di
 log = logging.getLogger(__name__)
 
 
+History = Mapping[int, Mapping[str, float]]  # values by name, by step
+
+
 class Logger(Protocol):
-    """What `Loggers` talks to, on rank 0 alone."""
+    """What `Loggers` talks to, on rank 0 alone, and in a thread of its own."""
 
     def start(
-        self, run: RunDirectory, stage: Stage, config: Mapping[str, Any], step: int, logged: int
+        self, run: RunDirectory, stage: Stage, config: Mapping[str, Any], step: int, history: History
     ) -> None:
-        """The run goes on after `step`; `logged` is the newest step that this stage ever wrote a row of."""
+        """The run goes on after `step`; `history` has the rows up to there, of processes before this one."""
 
     def write(self, step: int, values: Mapping[str, float], pictures: Sequence[Picture]) -> None:
         """All of one step at once; steps rise."""
@@ -45,8 +51,10 @@ class Logger(Protocol):
 
 
 class Loggers(StepCallback):
-    """Hands on what `metrics` was told at a step. A logger that fails is dropped with a warning: training
-    goes on, and metrics.csv has all."""
+    """Hands on what `metrics` was told at a step, in a thread: no server, disk or slow import delays a step.
+
+    A logger that fails is dropped with a warning: training goes on, and metrics.csv has all.
+    """
 
     def __init__(
         self,
@@ -60,18 +68,27 @@ class Loggers(StepCallback):
         self.loggers, self.metrics, self.config = list(loggers), metrics, config
         self.run, self.stage = run, stage
         self._active: list[Logger] = []
+        self._calls: queue.SimpleQueue[Callable[[Logger], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self.loggers:
             self._active = list(self.loggers)
-            step, logged = trainer.global_step, self.metrics.logged
-            self._each(lambda logger: logger.start(self.run, self.stage, self.config, step, logged))
+            step, history = trainer.global_step, self.metrics.history
+            self._calls.put(lambda logger: logger.start(self.run, self.stage, self.config, step, history))
+            self._thread = threading.Thread(target=self._work, name="loggers", daemon=True)
+            self._thread.start()
+
+    @property
+    def idle(self) -> bool:
+        """Whether all that was handed on so far is taken."""
+        return self._calls.empty()
 
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
         values, pictures = self.metrics.take_row()
-        if values or pictures:
-            self._each(lambda logger: logger.write(step, values, pictures))
+        if self._thread is not None and (values or pictures):
+            self._calls.put(lambda logger: logger.write(step, values, pictures))
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -82,17 +99,26 @@ class Loggers(StepCallback):
         self._close(failed=False)
 
     def _close(self, failed: bool) -> None:
-        self._each(lambda logger: logger.close(failed))
-        self._active = []
+        """Waits until all rows are handed over, but not for ever."""
+        if self._thread is not None:
+            self._calls.put(lambda logger: logger.close(failed))
+            self._calls.put(None)
+            self._thread.join(INIT_SECONDS + FINISH_SECONDS)
+            if self._thread.is_alive():
+                what = "%s: the last rows were not taken within %.0f s; metrics.csv has all"
+                names = ", ".join(type(logger).__name__ for logger in self._active)
+                log.warning(what, names, INIT_SECONDS + FINISH_SECONDS)
+            self._thread = None
 
-    def _each(self, call: Callable[[Logger], None]) -> None:
-        for logger in list(self._active):
-            try:
-                call(logger)
-            except Exception as error:  # whatever a foreign package raises
-                self._active.remove(logger)
-                what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                log.warning("%s gets no more rows: %s", type(logger).__name__, what)
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            for logger in list(self._active):
+                try:
+                    call(logger)
+                except Exception as error:  # whatever a foreign package raises
+                    self._active.remove(logger)
+                    what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                    log.warning("%s gets no more rows: %s", type(logger).__name__, what)
 
 
 class TensorBoard:
@@ -102,7 +128,7 @@ class TensorBoard:
         require("tensorboard")
 
     def start(
-        self, run: RunDirectory, stage: Stage, config: Mapping[str, Any], step: int, logged: int
+        self, run: RunDirectory, stage: Stage, config: Mapping[str, Any], step: int, history: History
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -127,8 +153,9 @@ class TensorBoard:
 class WeightsAndBiases:
     """One W&B run a stage, its id in run.json, so that the same one goes on after a restart.
 
-    Never asks and hardly waits: without a key (WANDB_API_KEY or `wandb login`) or an answer of the server the
-    run is kept in wandb/ of the stage, for `wandb sync`. WANDB_MODE decides where it is set.
+    Never asks, and nothing but the end of the run waits for it: without a key (WANDB_API_KEY or `wandb
+    login`) or an answer of the server the run is kept in wandb/ of the stage, for `wandb sync`. WANDB_MODE
+    decides where it is set.
     """
 
     def __init__(self, project: str = "ldm", entity: str | None = None, tags: Sequence[str] = ()) -> None:
@@ -136,16 +163,15 @@ class WeightsAndBiases:
         self.project, self.entity, self.tags = project, entity, list(tags)
 
     def start(
-        self, run: RunDirectory, stage: Stage, config: Mapping[str, Any], step: int, logged: int
+        self, run: RunDirectory, stage: Stage, config: Mapping[str, Any], step: int, history: History
     ) -> None:
         import wandb
 
-        name, known = stage.name or run.name, run.record().get("wandb", {})
-        mine = known.get(name) or {"id": secrets.token_hex(4), "logged": 0}
-        if name in known:  # rows up to here were handed over, some after the checkpoint
-            mine = {**mine, "logged": max(mine["logged"], logged)}
-        self.logged = mine["logged"]
-        run.note(wandb={**known, name: mine})
+        name = stage.name or run.name
+        mine = run.record().get("wandb", {}).get(name) or {"id": secrets.token_hex(4), "logged": 0}
+        self.noted = partial(note, run, name, mine["id"])
+        self.logged = mine["logged"]  # the newest step that was handed over, maybe after the checkpoint
+        self.noted(self.logged)
         # Pictures wait here to be sent; W&B's own choice is the home folder.
         os.environ.setdefault("WANDB_DATA_DIR", str((run.path / "wandb").absolute()))
         settings = wandb.Settings(
@@ -181,6 +207,8 @@ class WeightsAndBiases:
             self.run = wandb.init(mode="offline", **arguments)
         place = f"wandb sync {self.run.settings.sync_dir}" if self.run.offline else self.run.url
         log.info("W&B run %s: %s", mine["id"], place)
+        for earlier in sorted(history):  # those that a killed process had not handed over
+            self.write(earlier, history[earlier], [])
 
     def write(self, step: int, values: Mapping[str, float], pictures: Sequence[Picture]) -> None:
         import wandb
@@ -191,10 +219,16 @@ class WeightsAndBiases:
         if pictures:
             data = [[p.prompt, step, p.seed, wandb.Image(p.image)] for p in pictures]
             row["samples"] = wandb.Table(columns=["prompt", "step", "seed", "picture"], data=data)
+        self.noted(step)  # first: a step that is there twice would be worse than one that is missing
         self.run.log(row, step=step, commit=True)
 
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
+
+
+def note(run: RunDirectory, name: str, identity: str, logged: int) -> None:
+    """Keep in run.json which W&B run a stage is, and up to which step rows were handed over to it."""
+    run.note(wandb={**run.record().get("wandb", {}), name: {"id": identity, "logged": logged}})
 
 
 def require(package: str) -> None:

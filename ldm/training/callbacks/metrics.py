@@ -8,7 +8,7 @@ how much of the time went into waiting for data.
 from __future__ import annotations
 
 import csv
-import os
+import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.training.callbacks.base import StepCallback
+from ldm.checkpoints.files import append_rows, replace
+from ldm.training.callbacks.base import StepCallback, spared
 from ldm.training.module import TrainingModule
+from ldm.training.sharding import local, sharded, total_norm
+
+COLUMNS = ["step", "name", "value"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class MetricsLog(StepCallback):
         super().__init__(every)
         self.path, self.norms = path, norms
         self.latest: dict[str, float] = {}
-        self.logged = 0  # newest step that the file had a row of before this process cut it back
+        self.history: dict[int, dict[str, float]] = {}  # rows of the processes before this one, by step
         self._row: dict[str, float] = {}
         self._pictures: list[Picture] = []
         self._clock, self._waited = (0.0, 0), 0.0  # (time, step) of the last row; seconds waited since
@@ -56,12 +60,12 @@ class MetricsLog(StepCallback):
         if trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             rows = self._read()
-            self.logged = max((int(row[0]) for row in rows), default=0)
             kept = [row for row in rows if int(row[0]) <= trainer.global_step]  # a killed run logged ahead
-            new = self.path.with_name(f"{self.path.name}.new")
-            with new.open("w", newline="") as file:
-                csv.writer(file).writerows([["step", "name", "value"], *kept])
-            os.replace(new, self.path)
+            for step, name, value in kept:
+                self.history.setdefault(int(step), {})[name] = float(value)
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows([COLUMNS, *kept])
+            replace(self.path, text.getvalue())
 
     def _read(self) -> list[list[str]]:
         if not self.path.exists():
@@ -79,7 +83,7 @@ class MetricsLog(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         if self.norms and (trainer.global_step + 1) % self.every == 0:
-            self._before = [p.clone() for p in parameters_of(trainer.optimizers[0])]
+            self._before = [local(p).clone() for p in parameters_of(trainer.optimizers[0])]
 
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
         if step % self.every == 0:
@@ -95,11 +99,16 @@ class MetricsLog(StepCallback):
             self._clock, self._waited = (now, step), 0.0
             self.write(trainer, step, values)
 
+    def leave_out(self, seconds: float) -> None:
+        """Take time out of the rate of the next row, in which nothing was trained."""
+        self._clock = (self._clock[0] + seconds, self._clock[1])
+
     @torch.no_grad()
     def _record_norms(self, module: TrainingModule, parameters: list[Tensor]) -> None:
-        torch._foreach_sub_(self._before, parameters)
-        module.record("train/update_norm", torch.nn.utils.get_total_norm(self._before))
-        module.record("train/param_norm", torch.nn.utils.get_total_norm(parameters))
+        torch._foreach_sub_(self._before, [local(p) for p in parameters])
+        steps = [sharded(step, p) for step, p in zip(self._before, parameters, strict=True)]
+        module.record("train/update_norm", total_norm(steps))
+        module.record("train/param_norm", total_norm(parameters))
         self._before = []
 
     def summary(self) -> str:
@@ -116,9 +125,10 @@ class MetricsLog(StepCallback):
         """Append `values` to the file, on rank 0, and keep them for the loggers until the step is over."""
         self.latest |= values
         self._row |= values
-        if trainer.is_global_zero:
-            with self.path.open("a", newline="") as file:
-                csv.writer(file).writerows([step, name, f"{value:.7g}"] for name, value in values.items())
+        if trainer.is_global_zero and values:
+            with spared(f"{self.path}"):
+                rows = [(step, name, f"{value:.7g}") for name, value in values.items()]
+                append_rows(self.path, COLUMNS, rows)
 
     def show(self, pictures: Sequence[Picture]) -> None:
         """Keep pictures of this step for the loggers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,30 @@ from ldm.diffusion.guidance import guided
 from ldm.errors import InputError
 from ldm.pictures import contact_sheet, to_pil, to_uint8
 from ldm.random import keyed_normal
-from ldm.training.callbacks.base import StepCallback
+from ldm.training.callbacks.base import StepCallback, spared
 from ldm.training.callbacks.metrics import MetricsLog, Picture
 from ldm.training.module import TrainingModule, to_unit
 from ldm.types import Batch, Conditioning, Sampler
 
 SEED = 0  # of the noise of all pictures of text
 ERROR_GAIN = 4  # of the errors that are shown; 1 would be the difference of the values themselves
+
+
+def save(sheet: Image.Image, path: Path) -> None:
+    """Write a sheet; a disk that takes none costs the sheet alone."""
+    with spared(f"{path.parent}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f"{path.name}.new")
+        sheet.save(new, format="PNG")
+        os.replace(new, path)
+
+
+def give_rows(module: TrainingModule) -> None:
+    """What ranks that draw nothing do meanwhile: give rank 0 their rows of sharded averages."""
+    assert module.ema is not None
+    if module.ema.sharded:
+        with module.ema.swapped():
+            pass
 
 
 class TextPictures(StepCallback):
@@ -76,10 +94,14 @@ class TextPictures(StepCallback):
         return conditioning, conditioner.null(conditioning)
 
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
-        if step % self.every == 0 and trainer.is_global_zero and self.prompts:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        if step % self.every or not self.prompts:
+            return
+        module.alive("pictures", long=True)  # the other ranks wait for them
+        if not trainer.is_global_zero:
+            give_rows(module)
+        else:
             images = self.sample(trainer, module)
-            contact_sheet(images, self.prompts).save(self.folder / f"step-{step:09d}.png")
+            save(contact_sheet(images, self.prompts), self.folder / f"step-{step:09d}.png")
             if self.metrics is not None:
                 pairs = zip(self.prompts, images, strict=True)
                 self.metrics.show([Picture(prompt, SEED, image) for prompt, image in pairs])
@@ -102,8 +124,12 @@ class TextPictures(StepCallback):
             conditioning, null = self.conditionings(module)
             scale, rescale = self.guidance_scale, self.guidance_rescale
             denoise = guided(module.denoiser, conditioning, null, scale, rescale)
+
+            def lively(i: int, denoised: Tensor) -> None:
+                module.alive("pictures")
+
             x = keyed_normal(SEED, n, "noise", shape).to(module.dtype) * grid[0].sigma
-            images = autoencoder.decode(self.sampler(denoise, x, grid, noise=noise))
+            images = autoencoder.decode(self.sampler(denoise, x, grid, noise=noise, callback=lively))
         module.train(training)
         return to_pil(to_uint8(images))
 
@@ -122,11 +148,14 @@ class ReconstructionPictures(StepCallback):
 
     @torch.no_grad()
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
-        if step % self.every or not trainer.is_global_zero:
+        if step % self.every:
             return
+        module.alive("pictures", long=True)  # the other ranks wait for them
+        if not trainer.is_global_zero:
+            return give_rows(module)
         batch = next(iter(trainer.datamodule.val_dataloader()), None)  # type: ignore[attr-defined]
         if batch is None:
-            return
+            return give_rows(module)
         autoencoder: Any = module.autoencoder
         assert module.ema is not None
         images = to_unit(batch.image[: self.num_images].to(module.device), module.dtype)
@@ -137,9 +166,8 @@ class ReconstructionPictures(StepCallback):
         rows = [to_pil(to_uint8(row)) for row in (images, decoded, error)]
         prompts = list(batch.caption or [""] * len(images))[: len(images)]
         captions = [[name] * len(images) for name in ("reconstruction", f"error x {ERROR_GAIN}")]
-        self.folder.mkdir(parents=True, exist_ok=True)
         sheet = contact_sheet(sum(rows, []), sum(captions, prompts), columns=len(images))
-        sheet.save(self.folder / f"step-{step:09d}.png")
+        save(sheet, self.folder / f"step-{step:09d}.png")
         if self.metrics is not None:
             columns = to_pil(to_uint8(torch.cat([images, decoded, error], dim=2)))
             pairs = zip(prompts, columns, strict=True)

@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ldm.training.callbacks.base import StepCallback
+from ldm.training.callbacks.base import StepCallback, spared
 from ldm.training.callbacks.metrics import MetricsLog
 from ldm.training.module import TrainingModule
 
@@ -59,7 +59,8 @@ class ProgressBar(StepCallback):
             left = (trainer.max_steps - step) * (time.perf_counter() - self._began) / (step - self._first)
             minutes, seconds = divmod(round(left), 60)
             done = f"{self.stage}  step {step}/{trainer.max_steps}  left {minutes}:{seconds:02d}"
-            self.console.print(f"{done}  {self.figures()}", highlight=False)
+            with spared("the terminal"):  # its session may be gone
+                self.console.print(f"{done}  {self.figures()}", highlight=False)
 
     def figures(self) -> str:
         """The newest row of the log in a few words."""

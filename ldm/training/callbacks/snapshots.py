@@ -9,8 +9,9 @@ import torch
 
 from ldm.checkpoints.files import clean, remove
 from ldm.checkpoints.posthoc import snapshots, write_snapshot
-from ldm.training.callbacks.base import StepCallback
+from ldm.training.callbacks.base import StepCallback, spared
 from ldm.training.module import TrainingModule
+from ldm.training.sharding import gathered
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -50,15 +51,20 @@ class EMASnapshots(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
         spacing = self.spacing(step)
-        if step % spacing or not module.ema_lengths or not trainer.is_global_zero:
+        if step % spacing or not module.ema_lengths:
             return
+        module.alive("a snapshot of the averages", long=True)  # the other ranks wait for it
         assert module.ema is not None
+        if not trainer.is_global_zero and not module.ema.sharded:
+            return
         averages = {
-            length: {name: value.to(self.dtype) for name, value in module.ema.state_dict(length).items()}
-            for length in module.ema_lengths
+            length: gathered(module.ema.state_dict(length), self.dtype) for length in module.ema_lengths
         }
-        write_snapshot(self.folder, step, averages)
-        found = snapshots(self.folder)
-        for other in found if len(found) > self.keep else ():
-            if other % spacing:
-                remove(found[other])
+        if not trainer.is_global_zero:
+            return
+        with spared(f"{self.folder}"):
+            write_snapshot(self.folder, step, averages)
+            found = snapshots(self.folder)
+            for other in found if len(found) > self.keep else ():
+                if other % spacing:
+                    remove(found[other])

@@ -64,6 +64,7 @@ class AutoencoderValidation(Validation):
             return module.score(images, decoded, batch.weight)
 
         values = validate(trainer, module, terms)
+        module.alive("FID and KID", long=True)
         if seen:
             features, weight = (over_ranks(torch.cat(parts)).cpu() for parts in zip(*seen, strict=True))
             if int((weight > 0).sum()) < 2:  # every rank has them all, and raises
@@ -94,12 +95,15 @@ def validate(trainer: pl.Trainer, module: TrainingModule, terms: Terms | None = 
     terms = terms or module.validation_terms
     training = module.training
     module.eval()
+    module.alive("validation", long=True)
     recorded, module.recorded = module.recorded, {}
+    unread, module.unread = module.unread, lambda: None
     with module.ema.swapped(), trainer.precision_plugin.forward_context():
         for batch in loader:
             for name, (total, count) in terms(batch.to(module.device)).items():
                 module.record(name, total, count)
+            module.alive("validation")
     means = module.take_recorded()
-    module.recorded = recorded
+    module.recorded, module.unread = recorded, unread
     module.train(training)
     return means

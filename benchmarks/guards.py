@@ -1,0 +1,150 @@
+"""What guards and logging take of a step: the same training with fewer and with more callbacks, in turn.
+
+`python -m benchmarks.guards --json benchmarks/results/guards.json` (some minutes). The networks are as small
+as they get, so that what is around them shows: the absolute figures are microseconds of a step, whatever the
+model. W&B has a key and a server that does not answer here (row 21 of the table of faults).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from benchmarks import harness
+from benchmarks.ddp import InMemory, batches_of
+from benchmarks.harness import Measured, Race, Table
+from ldm.checkpoints.run import RunDirectory
+from ldm.config import compose
+from ldm.training import assembly
+from ldm.training.callbacks.data_health import DataHealth
+from ldm.training.callbacks.guard import Guard
+from ldm.training.callbacks.heartbeat import Heartbeat
+from ldm.training.callbacks.loggers import Loggers
+from ldm.training.callbacks.metrics import MetricsLog
+from ldm.training.callbacks.progress import ProgressBar
+from ldm.training.callbacks.spikes import SpikeLog
+from ldm.training.callbacks.throughput import Throughput
+from ldm.training.callbacks.watchdog import StepWatchdog
+
+OVERRIDES = [
+    *("autoencoder=tiny", "backbone=tiny", "conditioner=text_transformer", "trainer=cpu", "data=shards"),
+    *("conditioner.width=16", "conditioner.layers=1", "conditioner.heads=2", "conditioner.context_length=4"),
+    *(
+        "autoencoder.block_out_channels=[8,8,8]",
+        "autoencoder.norm_groups=4",
+        "autoencoder.mid_attention=false",
+    ),
+    *("backbone.block_out_channels=[8,16]", "backbone.norm_groups=4", "data.image_size=16"),
+    *("data.shards=x", "autoencoder_from=x", "run_name=ours"),
+]
+GUARDS = (Guard, StepWatchdog, Heartbeat, SpikeLog)
+LOGGING = (MetricsLog, Throughput, DataHealth, ProgressBar)
+CONTESTANTS: dict[str, tuple[tuple[type, ...], str]] = {  # callbacks, logger
+    "guards and logging": ((*GUARDS, *LOGGING, Loggers), "csv"),
+    "neither": ((), "csv"),
+    "guards": (GUARDS, "csv"),
+    "logging": ((*LOGGING, Loggers), "csv"),
+    "guards and logging, W&B unreachable": ((*GUARDS, *LOGGING, Loggers), "wandb"),
+}
+UNREACHABLE = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_SILENT": "true"}
+
+
+class Clock(pl.Callback):
+    """Time between the ends of two optimizer steps; the first waits for what loggers do at the start."""
+
+    def __init__(self, first: int, last: int, loggers: Loggers | None) -> None:
+        self.first, self.last, self.loggers = first, last, loggers
+        self.begun = self.ended = (0.0, 0.0)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.first:
+            while self.loggers is not None and not self.loggers.idle:
+                time.sleep(0.1)
+            self.begun = time.perf_counter(), time.process_time()
+        if trainer.global_step == self.last:
+            self.ended = time.perf_counter(), time.process_time()
+
+
+def train(kinds: tuple[type, ...], logger: str, first: int, steps: int) -> Measured:
+    """One run with the callbacks of these kinds; its first and its last steps are not timed."""
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = compose("train", [*OVERRIDES, f"logger={logger}"])
+        cfg.run_root, cfg.trainer.max_steps = folder, first + steps + 1
+        run = RunDirectory(folder, "ours")
+        stage = run.stage("")
+        stage.folder.mkdir(parents=True)
+        callbacks, *_ = assembly.build_callbacks(cfg, run, stage, None)
+        kept = [callback for callback in callbacks if isinstance(callback, kinds)]
+        loggers = next((callback for callback in kept if isinstance(callback, Loggers)), None)
+        clock, size = Clock(first, first + steps, loggers), 4
+        data = InMemory(batches_of(0, size, cfg, world=1), size)
+        module = assembly.build_module(cfg)
+        trainer = assembly.build_trainer(cfg, [*kept, clock], data, module)
+        trainer.fit(module, datamodule=data)
+    return Measured(steps, clock.ended[0] - clock.begun[0], clock.ended[1] - clock.begun[1])
+
+
+def differences(race: Race) -> Table:
+    """Microseconds that each adds to a step of "neither": the median over rounds, and the quartiles."""
+    base, cells, values = race.runs["neither"], [], {}
+    for name, runs in race.runs.items():
+        if name == "neither":
+            continue
+        row = [name]
+        values[name] = {}
+        for kind in ("cpu_seconds", "seconds"):
+            pairs = zip(runs, base, strict=True)
+            found = sorted(1e6 * (getattr(a, kind) - getattr(b, kind)) / a.count for a, b in pairs)
+            low, high = found[len(found) // 4], found[-1 - len(found) // 4]
+            middle = statistics.median(found)
+            values[name][kind] = middle
+            row.append(f"{middle:.0f} ({low:.0f} .. {high:.0f})")
+        cells.append([*row, f"{values[name]['seconds'] / 1e6 / 0.2:.2%}"])
+    columns = ["added to a step", "CPU, us (quartiles)", "wall, us (quartiles)", "wall, of a step of 0.2 s"]
+    what = "Against the training without guards and logging, within rounds; a row of the log every 50 steps."
+    return Table("What a step pays", what, columns, cells, values)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.guards", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write results here, and the tables beside it")
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each contestant")
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of a turn")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    os.environ |= UNREACHABLE
+    os.environ.pop("WANDB_MODE", None)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    about = harness.facts(["torch", "lightning", "wandb"])
+    first = min(100, options.steps)
+
+    def turn(kinds: tuple[type, ...], logger: str) -> Measured:
+        return train(kinds, logger, first, options.steps)
+
+    found = harness.race(
+        "training of very small networks, one process",
+        "Optimizer steps a second with all callbacks and with fewer, one thread.",
+        {name: lambda more=more: turn(*more) for name, more in CONTESTANTS.items()},
+        rounds=options.rounds,
+        unit="steps",
+        notes=[f"{options.steps} steps a turn after {first}, {options.rounds} turns each."],
+    )
+    harness.report(options.json, about, [differences(found), found])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
