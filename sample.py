@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import CONFIG_DIR, compose, plain, split_arguments, to_yaml
-from ldm.errors import InputError, reported
+from ldm.errors import InputError, reported, say
 from ldm.sampling.drawing import draw, survey
 from ldm.sampling.items import LIST, MODEL, Axis, Item, Prompt, batches, planned, read_axis, read_prompts
 from ldm.sampling.output import Sheet, opened, processes
@@ -102,7 +102,7 @@ def sample(
         recipe.require_same(requests[0], pipe.digest if same else None)
     if rank == 0 and len(groups) < count:
         few = f"only {len(groups)} of {count} processes draw"
-        print(f"ldm: {few}: batch_size={config['batch_size']} pictures at a time", file=sys.stderr)
+        say(f"ldm: {few}: batch_size={config['batch_size']} pictures at a time", error=True)
     folder = Path(config["output"] or Path("samples") / pipe.name.rpartition(" ")[0])
     mine, sizes = groups[rank::count], {(request.width, request.height) for request in requests}
     try:
@@ -113,7 +113,7 @@ def sample(
     except OSError as error:
         what = f"cannot write there ({error.strerror or error})"
         raise InputError(f"output={folder}", what, every_rank=True) from None
-    print("\n".join(str(path) for path in paths))
+    say(*paths)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

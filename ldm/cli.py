@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ldm.cluster import commands
-from ldm.errors import InputError, reported
+from ldm.errors import InputError, reported, say
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,7 +106,7 @@ def data_score(parser: Parser, argv: Sequence[str]) -> int:
     sizes = args.image_size, args.batch_size, args.num_threads
     part = task_of(args.task, os.environ)
     for shard, count in score(args.shards, scorers, *sizes, args.overwrite, part):
-        print(f"{shard}: {count:,} samples scored" if count else f"{shard}: done before", flush=True)
+        say(f"{shard}: {count:,} samples scored" if count else f"{shard}: done before")
     return 0
 
 
@@ -128,7 +128,7 @@ def data_cache(parser: Parser, argv: Sequence[str]) -> int:
     task, tasks = task_of(args.task, os.environ)
     flags = (args.variants, args.dtype, not args.no_text, args.samples_per_shard, args.batch_size)
     for line in cache(args.out, args.overrides, CacheOptions(*flags, args.device, (task, tasks))):
-        print(line, flush=True)
+        say(line)
     return 0
 
 

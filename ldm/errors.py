@@ -41,6 +41,14 @@ def global_rank() -> int:
     return int(found.get("SLURM_PROCID", "0"))
 
 
+def say(*lines: object, error: bool = False) -> None:
+    """Lines for the user, each by one write: where processes share a pipe, print() would tear them apart."""
+    stream = sys.stderr if error else sys.stdout
+    for line in lines:
+        stream.write(f"{line}\n")
+    stream.flush()
+
+
 @contextmanager
 def reported() -> Iterator[None]:
     """Turn an `InputError` into its line on stderr (of rank 0, mostly) and exit code 2."""
@@ -48,5 +56,5 @@ def reported() -> Iterator[None]:
         yield
     except InputError as error:
         if error.every_rank or global_rank() == 0:
-            print("ldm: error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+            say("ldm: error: " + " ".join(str(error).split()), error=True)
         raise SystemExit(BAD_INPUT) from None

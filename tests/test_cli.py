@@ -6,12 +6,14 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ldm import cli
+from ldm.errors import say
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,6 +27,17 @@ def test_help_imports_nothing_heavy():
     assert done.returncode == 0, done.stderr
     for verb in cli.VERBS:
         assert f"ldm {verb}" in done.stdout
+
+
+def test_each_line_is_one_write(monkeypatch):
+    written = []
+    stream = SimpleNamespace(write=written.append, flush=lambda: written.append("flushed"))
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    say("a", Path("b/c"))
+    say("x", error=True)
+    say()
+    assert written == ["a\n", "b/c\n", "flushed", "x\n", "flushed", "flushed"]
 
 
 @pytest.mark.parametrize(

@@ -340,7 +340,8 @@ def test_64_prompts_over_4_processes_are_the_files_of_one(sample, tiny_run, tmp_
     words = [f"checkpoint={tiny_run}", f"prompt_file={tmp_path / 'p.txt'}", "num_steps=1", "seed=5"]
     assert sample.main([*words, f"output={tmp_path / 'one'}"]) == 0
     command = [sys.executable, "-c", FOUR_PROCESSES, *words, f"output={tmp_path / 'four'}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=_environment())
+    env = _environment() | {"PYTHONUNBUFFERED": "1"}  # as in containers: each write is on the pipe at once
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr
     one, many = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "four"))
     assert len(one) == 65  # with the sheet

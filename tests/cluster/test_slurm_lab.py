@@ -24,13 +24,13 @@ start, rank = int(os.environ.get("SLURM_RESTART_COUNT", "0")), int(os.environ["S
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
 deed = {deeds!r}[min(start, {last})]
 run, notes = Path("runs/x").absolute(), Path(os.environ["LDM_JOB_DIR"])
-print(f"start {{start}} rank {{rank}}: {{deed}} at {{os.environ['MASTER_ADDR']}}", flush=True)
+print(f"start {{start}} rank {{rank}}: {{deed}} at {{os.environ['MASTER_ADDR']}}\\n", end="", flush=True)
 (notes / f"here-{{start}}-{{rank}}").touch()
 while not (notes / f"here-{{start}}-{{1 - rank}}").exists():
     time.sleep(0.05)  # else the end of one may come before the other's first word
 if "until told" in deed:
     told = signal.sigtimedwait([signal.SIGUSR2], 90)
-    print(f"rank {{rank}} told {{told.si_signo if told else None}}", flush=True)
+    print(f"rank {{rank}} told {{told.si_signo if told else None}}\\n", end="", flush=True)
 if rank == 0:
     (notes / "run").write_text(str(run))
     if "save" in deed:
