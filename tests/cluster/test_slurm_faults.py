@@ -55,7 +55,7 @@ class Job:
 
     def saved(self):
         """The newest step that is saved: a job whose starts save nothing new gives up."""
-        found = self.run.glob("checkpoints/step-*/MANIFEST.json")
+        found = self.run.glob("checkpoints/step-?????????/MANIFEST.json")  # not those being written
         return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
 
     def trains(self, starts, since):

@@ -64,7 +64,7 @@ def test_killed_every_minute(recipe, process, assert_same_run, trials, counted, 
     assert whole.returncode == 0
     assert_same_run(tmp_path / "parts", calm)
     steps = step_of(calm)
-    kept = sorted((calm / "checkpoints").glob("step-*/MANIFEST.json"))
+    kept = sorted((calm / "checkpoints").glob("step-?????????/MANIFEST.json"))
     first, last = ((int(path.parent.name[5:]), path.stat().st_mtime) for path in (kept[0], kept[-1]))
     each = (last[1] - first[1]) / (last[0] - first[0])  # seconds of a step, with its share of a save
     goodput = steps * each / took
