@@ -150,15 +150,19 @@ def build_trainer(
 ) -> pl.Trainer:
     """The trainer of the config, if its devices are there, can train the module and share the batch."""
     tie()
-    environment = launch.cluster_environment(cfg["trainer"])
-    bits = {"deterministic": True, "benchmark": False} if cfg.get("deterministic") else {}
+    section = cfg["trainer"]
+    environment = launch.cluster_environment(section)
+    more: dict[str, Any] = {"deterministic": True, "benchmark": False} if cfg.get("deterministic") else {}
+    processes = (launch.devices_of(section) or 1) * int(section.get("num_nodes") or 1)
+    if (strategy := strategies.named(section, processes)) is not None:
+        more |= {"strategy": strategy}
     try:
         trainer: pl.Trainer = build(
-            cfg["trainer"],
+            section,
             callbacks=callbacks,
             plugins=environment,
             default_root_dir=cfg["run_dir"],
-            **bits,
+            **more,
             **FITTING,
         )
     except MisconfigurationException as error:

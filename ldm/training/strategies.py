@@ -7,7 +7,7 @@ its FSDP strategies want GPUs or refuse bf16-mixed and 64-true, wrap modules, an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
@@ -55,6 +55,14 @@ def fsdp(reduce_dtype: str = "float32", timeout: float = 600, first_timeout: flo
     """Every rank has its rows of the weights, their averages and the optimizer's state."""
     _check("reduce_dtype", reduce_dtype, DTYPES)
     return FSDP(getattr(torch, reduce_dtype), timeout, first_timeout)
+
+
+def named(trainer: Mapping[str, Any], processes: int) -> DDP | FSDP | None:
+    """What the strategy of a trainer section is if it is a word of ours; None for any other: Lightning's."""
+    word = trainer.get("strategy", "auto")
+    if word == "ddp" or (word == "auto" and processes > 1):
+        return ddp()
+    return fsdp() if word == "fsdp" else None
 
 
 def _check(name: str, value: Any, known: tuple[Any, ...]) -> None:

@@ -184,7 +184,7 @@ def by_torchrun(argv, configs, tmp_path, devices):
     lines += ["if __name__ == '__main__':", "    sys.exit(launch.noted(train.command, sys.argv[1:]))"]
     script.write_text("\n".join(lines) + "\n")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    options = ["trainer.accelerator=cpu", f"trainer.devices={devices}", "trainer.strategy=ddp"]
+    options = ["trainer.accelerator=cpu", f"trainer.devices={devices}"]
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") and k not in LAUNCHERS}
     env = {**clean, "PYTHONPATH": f"{root}:{clean.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
     env[launch.JOB] = str(tmp_path)

@@ -234,6 +234,27 @@ def test_ddp_is_told_what_the_config_says():
     assert [value for key, value in options.items() if "buffers" in key] == [False]
 
 
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ([], "SingleDeviceStrategy"),
+        (["trainer.strategy=ddp"], "DDP"),
+        (["trainer.strategy=fsdp"], "FSDP"),
+        (["trainer.devices=2"], "DDP"),
+        (["trainer.num_nodes=2"], "DDP"),
+        (["trainer.devices=2", "trainer.strategy=fsdp"], "FSDP"),
+        (["trainer.devices=2", "trainer.strategy=ddp_find_unused_parameters_true"], "DDPStrategy"),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, list) else words,
+)
+def test_words_for_a_strategy(words, kind, recipe, refused, monkeypatch):
+    def said(trainer, module):
+        raise InputError("seen", type(trainer.strategy).__name__)
+
+    monkeypatch.setattr(strategies, "check", said)
+    assert refused(recipe(1, "run", *words)) == f"seen: {kind}"
+
+
 @pytest.mark.parametrize("debug", ["ddp_cpu"])
 @pytest.mark.parametrize("trainer", ["cpu", "gpu", "ddp"])
 def test_debug_runs_ddp_over_any_trainer(trainer, debug):
