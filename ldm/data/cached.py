@@ -10,6 +10,7 @@ k variants (crops, flips), m channels of the moments, h w latent size, l tokens,
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -31,6 +32,7 @@ from ldm.data.reader import Raw
 from ldm.data.turns import Turns, turns
 from ldm.errors import InputError
 
+log = logging.getLogger(__name__)
 DATASET, MADE_BY, FORMAT_VERSION = "dataset.json", "ldm data cache", 1
 NULL = "null.safetensors"  # beside it: what the text towers give where a caption is dropped, one row a field
 CROP = b'{"crop": '  # how the json of a sample begins: the rest is not parsed in training
@@ -253,6 +255,15 @@ class CachedDataModule(ShardDataModule):
                 | {"shards": [str(folder) for folder in folders if folder.name == f"{w}x{h}"]}
                 for name, (h, w) in self.named.items()
             ]
+
+    def prepare_data(self) -> None:
+        """Look at the buckets, too (Lightning calls this on one process a node)."""
+        super().prepare_data()
+        if isinstance(plan := self.plan(), Turns):
+            for source, times in zip(self.sources, plan.repeats, strict=True):
+                if times > 2:
+                    few = f"{len(source):,} pictures, fewer than half a batch of {self.global_batch_size:,}"
+                    log.warning("bucket %s: %s: a pass plays each %.1f times", source.name, few, times)
 
     def plan(self) -> Stream | Mixture | Regroup | Turns:
         self.setup()

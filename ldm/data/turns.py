@@ -44,6 +44,14 @@ class Turns:
         return [float(share) for share in self.quota / self.steps]
 
     @property
+    def repeats(self) -> list[float]:
+        """How often a pass plays a sample of each bucket: about once, but one turn fills a batch."""
+        return [
+            float(quota) * self.batch / stream.size
+            for quota, stream in zip(self.quota, self.streams, strict=True)
+        ]
+
+    @property
     def constants(self) -> tuple[list[int], list[int]]:
         """Lanes and block of each stream: what a checkpoint stores."""
         return [stream.lanes for stream in self.streams], [stream.block for stream in self.streams]

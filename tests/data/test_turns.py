@@ -35,6 +35,13 @@ def test_every_step_is_of_one_bucket_and_each_sample_comes_once_a_pass(plan):
     np.testing.assert_allclose(plan.shares, expected, atol=0.5 * BATCH * len(SIZES) / sum(SIZES))
 
 
+def test_a_small_bucket_plays_its_samples_again_to_fill_a_batch(plan):
+    steps = plan.places(np.arange(plan.steps * BATCH))
+    expected = [float((steps.source == d).sum() / size) for d, size in enumerate(SIZES)]
+    assert plan.repeats == pytest.approx(expected)
+    assert plan.repeats[3] == pytest.approx(BATCH / 3)
+
+
 def test_a_bucket_goes_on_where_its_last_turn_ended(plan):
     turns_of = {}
     for step in range(3 * plan.steps):

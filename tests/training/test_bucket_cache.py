@@ -197,6 +197,21 @@ def test_sides_that_the_autoencoder_cannot_halve(made, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_bucket_that_does_not_fill_half_a_batch_is_named(made, caplog):
+    out, _, _ = made
+    data = CachedDataModule(str(out), 24, global_batch_size=BATCH)
+    data.prepare_data()
+    assert caplog.messages == []
+    sizes = {source.name: len(source) for source in data.sources}
+    batch = 3 * min(sizes.values())
+    CachedDataModule(str(out), 24, global_batch_size=batch).prepare_data()
+    expected = {name: size for name, size in sizes.items() if size < batch / 2}
+    assert 0 < len(expected) < len(sizes)
+    few = f"pictures, fewer than half a batch of {batch}: a pass plays each"
+    lines = [f"bucket {name}: {size:,} {few} {batch / size:.1f} times" for name, size in expected.items()]
+    assert caplog.messages == lines
+
+
 def test_a_bucket_of_which_filters_leave_nothing(made):
     out, _, _ = made
     data = CachedDataModule(str(out), 24, global_batch_size=BATCH, filters=[MinSize(48)])
