@@ -1,4 +1,7 @@
-"""A run that goes on with another number of processes each time: 4, 2, 8, 1, against one that never stops."""
+"""A run that goes on with another number of processes each time: 4, 2, 8, 1, against one that never stops.
+
+Once by a program that notes which noise each picture got, once by train.py and its own checkpoints.
+"""
 
 import pytest
 
@@ -57,3 +60,32 @@ def test_the_loss_stays_within_a_thousandth(made):
     worst = max(abs(found[step] / expected[step] - 1) for step in expected)
     assert worst < 1e-3, worst
     print(f"largest relative difference of the loss over {len(expected)} steps: {worst:.2g}")
+
+
+@pytest.mark.soak
+@pytest.mark.fault(15)
+def test_one_run_by_train_py(recipe, process, rows, counted, tmp_path):
+    steps = EACH * len(WORLDS)
+    base = ["data.global_batch_size=8", "callbacks.metrics.every=1", "callbacks.validation.every=1000"]
+    base += ["callbacks.pictures.every=1000", "callbacks.checkpoint.every=1000"]
+
+    def trained(name, last, world, strategy):
+        more = [f"trainer.max_steps={last}", f"trainer.devices={world}", f"trainer.strategy={strategy}"]
+        one = process(recipe(2, name, *base, *more))
+        said = one.communicate(timeout=400)[0]
+        assert one.returncode == 0, said
+        return tmp_path / name
+
+    whole = trained("whole", steps, 1, "auto")
+    for k, (world, strategy) in enumerate(WORLDS.items()):
+        parts = trained("parts", EACH * (k + 1), world, strategy or "auto")
+    kept = [folder / f"checkpoints/step-{steps:09d}/data.json" for folder in (whole, parts)]
+    assert kept[0].read_bytes() == kept[1].read_bytes()  # the digest of all samples, in their order
+    found, expected = (
+        {int(step): float(value) for step, key, value in rows(folder) if key == "train/loss"}
+        for folder in (parts, whole)
+    )
+    assert sorted(found) == sorted(expected) == list(range(1, steps + 1))
+    worst = max(abs(found[step] / expected[step] - 1) for step in expected)
+    counted(**{"ppm largest difference of the loss": round(1e6 * worst, 1)})
+    assert worst < 1e-3, worst
