@@ -25,9 +25,10 @@ rendezvous() {
 }
 
 # srun gets the command and nothing around it: where Slurm tracks processes by cgroups, its signals reach the
-# processes that it started itself, not their children (so no `bash -c` in between).
+# processes that it started itself, not their children (so no `bash -c` in between). --wait=0: a process that is done
+# well, however early, stops no other (a site may have set another default).
 start_tasks() {
-    local options=(--kill-on-bad-exit=1 --wait=60 --cpu-bind=cores) inside=() mounts
+    local options=(--kill-on-bad-exit=1 --wait=0 --cpu-bind=cores) inside=() mounts
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
         export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # srun does not take it from sbatch
     fi
@@ -67,7 +68,7 @@ judge() {
     if [[ -s $LDM_JOB_DIR/starts ]]; then read -r counted steps idle <"$LDM_JOB_DIR/starts"; fi
     if (($1 > counted)); then
         now=$(committed)
-        if ((now > steps || $1 == 0)); then idle=0; else idle=$((idle + 1)); fi
+        if ((now > steps || counted < 0)); then idle=0; else idle=$((idle + 1)); fi
         echo "$1 $((now > steps ? now : steps)) $idle" >"$LDM_JOB_DIR/starts.new"
         mv "$LDM_JOB_DIR/starts.new" "$LDM_JOB_DIR/starts"
     fi
@@ -100,21 +101,22 @@ requeue() {
     exit "$1"
 }
 
-# COMMAND...: as tasks, under the rules of train.py's exit codes. 2 and 3 are for a human, 0 is the end, all others
-# are tried again. Of many processes srun reports the largest code, and that is 143 as soon as it has stopped the
+# COMMAND...: as tasks, under the rules of train.py's exit codes. 2 and 3 are for a human, 130 is one's wish, 0 is the
+# end, all others are tried again. Of many processes srun reports the largest code, and that is 143 as soon as it has stopped the
 # rest; so train.py notes in the file `exit` with which code the first of them ended.
 until_done() {
-    local start=${SLURM_RESTART_COUNT:-0} code=0 first
+    local start=${SLURM_RESTART_COUNT:-0} code=0 first known=
     export LDM_JOB_DIR="${LDM_JOBS:-$PWD/.ldm_jobs}/${SLURM_CLUSTER_NAME:-slurm}-$SLURM_JOB_ID"
     if ((start == 0)); then rm -rf "$LDM_JOB_DIR"; fi
+    if [[ -d $LDM_JOB_DIR ]]; then known=yes; fi
     mkdir -p "$LDM_JOB_DIR"
     rm -f "$LDM_JOB_DIR/exit"
-    if ((start > 0)) && ! judge $((start - 1)); then give_up; fi
+    if [[ -n $known ]] && ! judge $((start - 1)); then give_up; fi
     start_tasks "$@" || code=$?
     if ((code == 0)); then finish 0; fi
     first=$(cat "$LDM_JOB_DIR/exit" 2>/dev/null) || first=$code
     case $first in
-        2 | 3)
+        2 | 3 | 130)
             say "exit code $first: not started again; see the log above"
             finish "$first"
             ;;

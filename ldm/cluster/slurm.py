@@ -9,7 +9,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +66,8 @@ def plan(wish: Wish) -> Job:
         raise InputError(f"{file}", "not found", "run this in the root of a checkout, which all nodes see")
     script = file.read_text(encoding="utf-8")
     given = _directives(script)
-    nodes = int(given["nodes"]) if wish.nodes is None else wish.nodes
-    gpus = int(given["gpus-per-node"]) if wish.gpus_per_node is None else wish.gpus_per_node
+    nodes = _number(given, "nodes", file) if wish.nodes is None else wish.nodes
+    gpus = _number(given, "gpus-per-node", file) if wish.gpus_per_node is None else wish.gpus_per_node
     for option, value, least in (("--nodes", nodes, 1), ("--gpus-per-node", gpus, 0)):
         if value < least:
             raise InputError(f"{option} {value}", f"expected at least {least}")
@@ -165,9 +165,16 @@ def sweep_lines(file: Path) -> list[list[str]]:
     if not lines:
         raise InputError(f"--array {file}", "has no line", "write the overrides of one run into each")
     try:
-        return [shlex.split(line) for line in lines]
+        return [_split(line) for line in lines]
     except ValueError as error:
         raise InputError(f"--array {file}", f"{error}", "close the quotes on that line") from None
+
+
+def _split(line: str) -> list[str]:
+    """Words as xargs finds them: a backslash within quotes is one, and # begins no comment."""
+    lexer = shlex.shlex(line, posix=True)
+    lexer.whitespace_split, lexer.commenters, lexer.escapedquotes = True, "", ""
+    return list(lexer)
 
 
 @contextmanager
@@ -184,9 +191,22 @@ def _slurm_nodes(nodes: int) -> Iterator[None]:
 
 
 def _directives(script: str) -> dict[str, str]:
-    """Long options of the script's #SBATCH lines."""
+    """Long options of the script's #SBATCH lines, --name=value or --name value."""
     words = [w for line in script.splitlines() if line.startswith("#SBATCH ") for w in line.split()[1:]]
-    return {w.removeprefix("--").partition("=")[0]: w.partition("=")[2] for w in words}
+    found = {}
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            found[name[2:]] = value if equals or after.startswith("-") else after
+    return found
+
+
+def _number(given: Mapping[str, str], name: str, file: Path) -> int:
+    value = given.get(name, "")
+    if not value.isdigit():
+        what = f"no number in its #SBATCH --{name}" if name in given else f"has no #SBATCH --{name}=N"
+        raise InputError(f"{file}", what, f"give --{name}")
+    return int(value)
 
 
 def _chooses(overrides: Sequence[str], group: str) -> bool:

@@ -69,6 +69,7 @@ SlurmctldParameters={controller}
 SlurmdTimeout={slurmd_timeout}
 SlurmctldTimeout=10
 KillWait={kill_wait}
+WaitTime=1
 MinJobAge=300
 FirstJobId={first_job}
 CompleteWait=0

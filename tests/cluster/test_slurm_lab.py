@@ -31,6 +31,9 @@ while not (notes / f"here-{{start}}-{{1 - rank}}").exists():
 if "until told" in deed:
     told = signal.sigtimedwait([signal.SIGUSR2], 90)
     print(f"rank {{rank}} told {{told.si_signo if told else None}}\\n", end="", flush=True)
+if "late" in deed and rank == 0:
+    time.sleep(6)
+    print("rank 0 came to its end\\n", end="", flush=True)
 if rank == 0:
     (notes / "run").write_text(str(run))
     if "save" in deed:
@@ -42,7 +45,7 @@ if rank == 0:
         if code:
             (notes / "exit").write_text(f"{{code}}")
         sys.exit(code)
-time.sleep(0 if deed == "0" else 120)
+time.sleep(0 if deed.split()[-1] == "0" else 120)
 """
 
 
@@ -85,6 +88,14 @@ def test_saved_and_requeued_until_done(slurm_lab, submit):
     assert "task 1: Terminated" in log, "so srun's own code is 143"
     assert "exit code 75, requeued" in log
     assert "start 1 rank 0: 0" in log
+
+
+@pytest.mark.slow
+def test_a_process_that_is_done_early_stops_no_other(slurm_lab, submit):
+    """Here Slurm's own WaitTime is a second."""
+    job = submit("late 0")
+    assert ended(slurm_lab, job) == ("COMPLETED", "0:0", 0)
+    assert "rank 0 came to its end" in slurm_lab.log(job)
 
 
 @pytest.mark.slow

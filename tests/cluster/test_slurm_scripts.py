@@ -87,6 +87,7 @@ def cluster(tmp_path):
         (0, None, 0, False),
         (2, "2", 2, False),
         (3, "3", 3, False),
+        (143, "130", 130, False),  # Ctrl-C, or scancel --signal=INT
         (143, "2", 2, False),  # srun stopped the other ranks, and reports that
         (143, "3", 3, False),
         (2, None, 2, False),  # not our program, which would have left a note: python: can't open file
@@ -188,8 +189,13 @@ def test_the_number_of_restarts_is_a_setting(cluster):
 
 def test_a_job_that_somebody_requeues_has_its_restarts_again(cluster):
     assert play(cluster, ["fail"])[:2] == (3, 3)
-    assert cluster.start(deed="exit 1", restart=4) == 1
-    assert len(cluster.lines("requeued")) == 4
+    assert [cluster.start(deed="exit 1", restart=start) for start in range(4, 8)] == [1, 1, 1, 3]
+
+
+def test_even_if_it_has_one_alone(cluster):
+    assert play(cluster, ["fail"], LDM_MAX_RESTARTS="1")[:2] == (1, 3)
+    codes = [cluster.start(deed="exit 1", restart=start, LDM_MAX_RESTARTS="1") for start in (2, 3)]
+    assert codes == [1, 3]
 
 
 def test_a_new_job_of_an_old_number_begins_anew(cluster):
@@ -205,7 +211,7 @@ def test_a_new_job_of_an_old_number_begins_anew(cluster):
 def test_training_is_started_once_a_task(cluster, script):
     assert cluster.start("experiment=x", "data.shards=/d/{0..3}.tar", script=script) == 0
     words = cluster.lines("srun")
-    assert words[:3] == ["--kill-on-bad-exit=1", "--wait=60", "--cpu-bind=cores"]
+    assert words[:3] == ["--kill-on-bad-exit=1", "--wait=0", "--cpu-bind=cores"]
     assert words[3:6] == ["python", "-u", "train.py"]
     assert words[6:] == ["experiment=x", "data.shards=/d/{0..3}.tar", "trainer=ddp"]
     found = cluster.environment
@@ -288,6 +294,12 @@ def test_a_task_of_a_sweep_is_a_line(cluster, task, words):
     )
     assert (code, cluster.lines("requeued")) == (75, ["123456"])
     assert cluster.lines("srun")[6:] == ["experiment=x", *words, "trainer=ddp"]
+
+
+def test_lines_may_end_as_on_windows(cluster):
+    (cluster.here / "lr.txt").write_bytes(LINES.replace("\n", "\r\n").encode())
+    cluster.start("lr.txt", script="sweep", SLURM_ARRAY_TASK_ID="1")
+    assert cluster.lines("srun")[6:] == ["optimizer.lr=2e-4", "run_name=twice", "trainer=ddp"]
 
 
 def test_a_sweep_says_what_is_wrong(cluster):

@@ -147,6 +147,25 @@ def failed(capsys, *words):
     return line.removeprefix("ldm: error: ")
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("#SBATCH --gres=gpu:8", "slurm/train.sbatch: has no #SBATCH --gpus-per-node=N; give --gpus"),
+        ("#SBATCH --gpus-per-node=a100:8", "slurm/train.sbatch: no number in its #SBATCH --gpus-per-node"),
+        ("#SBATCH --gpus-per-node 4", ""),
+    ],
+)
+def test_a_script_that_somebody_changed(line, said, here, capsys, tmp_path):
+    script = here / "slurm/train.sbatch"
+    script.write_text(script.read_text().replace("#SBATCH --gpus-per-node=8", line))
+    if said:
+        assert failed(capsys, *RECIPE).startswith(said)
+        assert submit(*RECIPE, "--gpus-per-node", "2") == 0
+    else:
+        assert submit(*RECIPE) == 0
+        assert "--ntasks-per-node=4" in (tmp_path / "sbatch").read_text().splitlines()
+
+
 def test_another_run_of_that_name_is_refused(here, capsys, tmp_path):
     folder = here / "runs/laion_subset"
     folder.mkdir(parents=True)
@@ -182,6 +201,7 @@ def test_lines_are_split_as_the_script_splits_them(here):
     from ldm.cluster.slurm import sweep_lines
 
     lines = ["a=1 b=2", "'c=[x, y]' d=$HOME", '"e=a b"   f=', "g=\\'x", "h='a'\"b\"c"]
+    lines += ['i="\\d+" j', "k=a#b #c", 'l="x \\y"']
     (here / "lines.txt").write_text("\n".join(lines) + "\n")
     for line, words in zip(lines, sweep_lines(here / "lines.txt"), strict=True):
         command = ["xargs", "-n", "1", "printf", "%s\\n"]
