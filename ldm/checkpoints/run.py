@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ from ldm.errors import InputError, global_rank
 
 RECORD, LOCK, CONFIG = "run.json", "run.lock", "config.yaml"
 EVENTS = 200  # newest kept in run.json
+INSTANT, LOST = 1.0, 120.0  # seconds to wait for a lock: of anybody, of this job's start before
 WAIT = 5.0  # seconds that a thread waits for another one that writes run.json
 
 log = logging.getLogger(__name__)
@@ -226,7 +228,7 @@ class RunDirectory:
 
     def _take(self, file: IO[str]) -> None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._wait_for(file)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "held by another process"
@@ -241,6 +243,19 @@ class RunDirectory:
         file.truncate(0)
         file.write(f"held by pid {os.getpid()} on {socket.gethostname()} since {since}\n")
         file.flush()
+
+    def _wait_for(self, file: IO[str]) -> None:
+        """`ldm status` holds it for an instant, a node that is gone until the file server notices that."""
+        again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+        end = time.monotonic() + (LOST if again else INSTANT)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
 
     # ---- writing ---------------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ def devices(facts: Sequence[Facts], needs: Facts) -> list[Line]:
             f"trainer.devices={wanted} x trainer.num_nodes={nodes}, but {needs['world']} ranks were started"
         )
         lines.append(Line(FAIL, "ranks and devices", what, "make them equal"))
-    elif wanted and needs["world"] > 1 and nodes != len(hosts):
+    elif wanted and len(facts) == needs["world"] > 1 and nodes != len(hosts):
         what = f"trainer.num_nodes={nodes}, but the ranks are on {len(hosts)} hosts"
         lines.append(Line(FAIL, "ranks and devices", what, f"set trainer.num_nodes={len(hosts)}"))
     elif wanted and needs["accelerator"] == "gpu":
@@ -256,12 +256,13 @@ def writing(folder: str, rate: float, checkpoint: int) -> Line:
     return Line(OK, "writing", figure)
 
 
-def disk(folder: str, free: int, checkpoint: int, keep: int) -> Line:
-    """Room for the checkpoints that are kept and the one being written."""
-    needed = checkpoint * (keep + 1)
+def disk(folder: str, free: int, checkpoint: int, keep: int, there: int = 0) -> Line:
+    """Room for the checkpoints that are kept and the one being written; `there`: bytes that the run has."""
+    needed = max(checkpoint, checkpoint * (keep + 1) - there)
     if not checkpoint:
         return Line(OK, "disk", f"{gb(free)} free at {folder}")
-    figure = f"{gb(free)} free at {folder}, {keep} + 1 checkpoints need {gb(needed)}"
+    more = "" if not there else f", besides {gb(there)} that are there,"
+    figure = f"{gb(free)} free at {folder}, {keep} + 1 checkpoints{more} need {gb(needed)}"
     if needed > free:
         return Line(FAIL, "disk", figure, "free some, or set run_root= or callbacks.checkpoint.keep_last=")
     return Line(OK, "disk", figure)

@@ -27,6 +27,7 @@ from ldm.cluster.place import Place
 from ldm.errors import InputError
 
 PATIENCE = 600.0  # seconds that other ranks wait for rank 0, which reads the config first
+MEETING = 120.0  # seconds, at least, until rank 0 must be there at all
 
 Words = dict[str, Any]
 
@@ -38,10 +39,18 @@ class Talk:
         self.place, self.timeout = place, timeout
         self.store: Any = dist.HashStore()
         if place.world > 1:
-            first, patience = place.rank == 0 and not place.agent, timedelta(seconds=PATIENCE)
-            found = dist.TCPStore(
-                place.address, place.port, None, first, timeout=patience, wait_for_workers=False
-            )
+            first, patience = place.rank == 0 and not place.agent, timedelta(seconds=max(timeout, MEETING))
+            where = place.address, place.port
+            try:
+                found = dist.TCPStore(*where, None, first, timeout=patience, wait_for_workers=False)
+            except RuntimeError as error:  # of torch.distributed: DistError
+                what, fix = (
+                    "rank 0 does not answer there",
+                    f"exclude the host: srun --exclude={place.address}",
+                )
+                if first:
+                    what, fix = "rank 0 cannot listen there, the port is taken", "set MASTER_PORT to another"
+                raise InputError(f"{place.address}:{place.port}", what, fix, every_rank=True) from error
             self.store = dist.PrefixStore("ldm-doctor", found)
 
     def tell(self, key: str, value: Any) -> None:
@@ -155,7 +164,8 @@ def _files(talk: Talk, needs: Needs, facts: Sequence[Words]) -> Iterator[Line]:
             rate = shared_files.write_rate(root, name, needs.checkpoint_bytes or shared_files.WRITTEN // 4)
             free = shutil.disk_usage(root).free
         yield checks.writing(str(root), rate, needs.checkpoint_bytes)
-        yield checks.disk(str(root), free, needs.checkpoint_bytes, needs.keep_last)
+        kept = sum(file.stat().st_size for file in Path(needs.run_dir).glob("**/checkpoints/step-*/*"))
+        yield checks.disk(str(root), free, needs.checkpoint_bytes, needs.keep_last, kept)
     except OSError as error:
         talk.tell("token", None)
         what = f"{root} cannot be written ({error.strerror})"

@@ -72,7 +72,7 @@ def _add_stage(found: Needs, cfg: Mapping[str, Any]) -> None:
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     found.checkpoint_bytes = max(found.checkpoint_bytes, checkpoint_bytes(module))
     found.gradient_bytes = max(found.gradient_bytes, 4 * trained)
-    found.keep_last = max(found.keep_last, int(cfg["callbacks"]["checkpoint"].get("keep_last", 2)))
+    found.keep_last = max(found.keep_last, int(cfg["callbacks"]["checkpoint"].get("keep_last", 3)))
     found.lines += list(_weights(found, cfg))
     found.lines += list(_data(found, cfg))
 

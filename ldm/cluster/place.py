@@ -7,7 +7,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-PORTS = 20000, 20000  # the first, and how many: a job's own is chosen by its number
+PORTS = 20000, 12000  # the first, and how many (systems hand out 32768 and up): a job's own by its number
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from ldm.errors import InputError
 
@@ -110,6 +110,8 @@ def run(args: argparse.Namespace) -> Iterator[str]:
         graph=args.cuda_graph,
         **scaled,
     )
+    if args.json and (args.simulate or args.fit):
+        raise InputError("--json", "holds forecasts, and this makes none", "leave out --simulate and --fit")
     if args.simulate:
         yield from simulated(args, options.per_node)
         return
@@ -120,6 +122,8 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     for cfg in configs(args.overrides):
         name = f"{cfg['run_name']} {cfg['stage']}".strip()
         stage = Stage(name, cfg, workload(cfg))
+        if strategy_of(cfg) == "fsdp":
+            yield f"{name}: planned as trainer=ddp; trainer=fsdp needs less memory for weights and optimizer"
         if args.fit:
             yield from fitted(stage, options)
             continue
@@ -134,6 +138,13 @@ def run(args: argparse.Namespace) -> Iterator[str]:
         yield from plan_report.errors()
     if args.json:
         yield plan_report.write_json(args.json, documents)
+
+
+def strategy_of(cfg: Mapping[str, Any]) -> str:
+    """ddp, fsdp or another word."""
+    strategy = cfg["trainer"].get("strategy", "auto")
+    name = strategy.get("_target_", "") if isinstance(strategy, Mapping) else strategy
+    return str(name).rpartition(".")[2]
 
 
 def fitted(stage: Stage, options: Options) -> Iterator[str]:
@@ -154,10 +165,11 @@ def fitted(stage: Stage, options: Options) -> Iterator[str]:
         yield "not tried: there is no GPU here"
         return
     from ldm.cluster.allocator import largest
+    from ldm.cluster.workload import RESERVE
 
     pictures, taken = largest(stage.cfg, most, "cuda")
-    error = stage.load.memory(pictures, 1) / max(1, taken) - 1
-    without = f"forecast {error:+.0%}, without buckets of DDP"
+    error = (stage.load.memory(pictures, 1) - RESERVE) / max(1, taken) - 1
+    without = f"forecast {error:+.0%}, without buckets of DDP and the CUDA context"
     yield f"tried: {pictures:,} fit and took {taken / 1e9:,.1f} GB ({without})"
 
 
@@ -169,7 +181,7 @@ def simulated(args: argparse.Namespace, per_node: int) -> Iterator[str]:
     from ldm.cluster.planning import configs
 
     began, ranks = time.perf_counter(), args.nodes * per_node
-    pictures, checkpoint = 2 * ranks, SD_CHECKPOINT
+    pictures, checkpoint, shares, workers = 2 * ranks, SD_CHECKPOINT, 1, 8
     if args.overrides:
         from ldm.training.assembly import build_module
         from ldm.training.summary import memory, without_weights
@@ -177,7 +189,9 @@ def simulated(args: argparse.Namespace, per_node: int) -> Iterator[str]:
         (cfg, *_) = configs(args.overrides)
         pictures = int(cfg["data"]["global_batch_size"])
         checkpoint = memory(build_module(without_weights(cfg), device="meta"))["checkpoint"]
-    dealt = deal(ranks, per_node, pictures)
+        shares = int(cfg["trainer"].get("accumulate_grad_batches") or 1)
+        workers = int(cfg["data"].get("num_workers", workers))
+    dealt = deal(ranks, per_node, pictures, shares, workers)
     yield from dealt.lines()
     yield (
         f"start with a checkpoint of {checkpoint / 1e9:,.1f} GB: "

@@ -54,8 +54,9 @@ class Options:
     @property
     def device(self) -> GPU:
         found = GPUS[self.gpu]
-        cards = found.domain if self.network is not None else 0
-        return replace(found, network=cards * self.network) if self.network is not None else found
+        card = found.network / found.domain if self.network is None else self.network
+        domain = found.domain if found.domain > 8 else min(found.domain, self.per_node)
+        return replace(found, domain=domain, network=domain * card)
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def rate_of(stage: Stage, options: Options) -> tuple[float, str]:
         )
         if found is None or found > gpu.flops:
             what = f"{speed:,.0f} pictures/s need more than the peak of {gpus} {gpu.name}"
-            raise InputError("--measured", what, "give what `train/images_per_second` says, and its --gpu")
+            raise InputError("--measured", what, "give what `perf/images_per_sec` says, and its --gpu")
         return found, f"{speed:,.0f} pictures/s measured on {gpus} GPUs"
     name = CALIBRATED[options.gpu]
     side = 256 if (stage.cfg["data"].get("image_size") or 0) <= 256 else 512
@@ -178,7 +179,7 @@ def check_batch(pictures: int, gpus: int, where: str) -> None:
 
 
 def forecast(stage: Stage, options: Options, gpus: int, rate: float, grown: bool = False) -> Forecast:
-    """The stage on so many GPUs; `grown` lets the global batch be raised to a multiple of them."""
+    """The stage on so many GPUs; `grown` lets the global batch become the nearest multiple of them."""
     gpu, pictures = options.device, stage.global_batch_size
     if grown:
         pictures = gpus * max(1, round(pictures / gpus))

@@ -27,6 +27,7 @@ RECORD, LOCK, HEARTBEAT, LOG = "run.json", "run.lock", "heartbeat.json", "log.tx
 SILENT = 300.0  # seconds without a heart-beat after which a run that should have one hangs, or is dead
 TAIL = 1 << 16  # bytes of metrics.csv and log.txt that are read: some hundred rows
 FAILURES = ("exception", "rollback", "save_failed", "hang")  # kinds of events that somebody should look at
+LAST = ("signal", "exception", "hang", "finished")  # kinds that a process ends with
 HOLDER = re.compile(r"held by pid (\d+) on (\S+) since (\S+)")
 Holder = tuple[int | None, str, str]  # pid, host, since
 SAVED = re.compile(r"signal (\d+): saved step (\d+)")
@@ -155,7 +156,8 @@ def _devices(config: Mapping[str, Any]) -> str:
     trainer = config.get("trainer") or {}
     if "devices" not in trainer:
         return ""
-    devices = {-1: "all", "-1": "all"}.get(trainer["devices"], trainer["devices"])
+    devices = trainer["devices"]
+    devices = len(devices) if isinstance(devices, list) else "all" if devices in (-1, "-1") else devices
     nodes = int(trainer.get("num_nodes") or 1)
     each = f"{devices} x {trainer.get('accelerator', 'device')}"
     return each if nodes == 1 else f"{nodes} nodes of {each}"
@@ -287,6 +289,8 @@ def _state(
     now: float,
 ) -> str:
     silent = now - float(beat["time"]) if beat.get("time") else None
+    if beat.get("ended"):  # between stages, or at the report: indexing a set may take long
+        silent = None
     if held:
         return "hung" if silent is not None and silent > SILENT else "running"
     if _finished(status):
@@ -319,7 +323,7 @@ def _more_to_do(stage: StageStatus) -> bool:
 def _since(status: RunStatus, holder: Holder, events: list[Mapping[str, Any]]) -> float | None:
     if status.state in ("running", "not started"):
         return _seconds(holder[2])
-    if status.state == "hung" or not events:
+    if status.state == "hung" or not events or events[-1].get("kind") not in LAST:
         return status.seen
     return _seconds(str(events[-1].get("time", ""))) or status.seen
 

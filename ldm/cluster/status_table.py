@@ -22,8 +22,9 @@ def table(status: RunStatus, now: float) -> list[str]:
     stage = status.stage
     if stage is not None and status.state != "finished":
         if stage.name:
-            place = f" ({status.planned.index(stage.name) + 1} of {len(status.planned)})"
-            rows.append(("stage", stage.name + (place if len(status.planned) > 1 else "")))
+            several = len(status.planned) > 1 and stage.name in status.planned
+            place = f" ({status.planned.index(stage.name) + 1} of {len(status.planned)})" if several else ""
+            rows.append(("stage", stage.name + place))
         rows += [("step", _step(stage, status.state)), ("speed", _speed(stage)), ("loss", _losses(stage))]
     if stage is not None:
         rows.append(("checkpoint", _checkpoint(stage, now)))
@@ -71,7 +72,11 @@ def _date(seconds: float) -> str:
 
 
 def _state(status: RunStatus, now: float) -> str:
-    state = {"stopped": "stopped by a signal, saved"}.get(status.state, status.state)
+    state = status.state
+    if state == "stopped":
+        good = status.stage.good if status.stage is not None else None
+        step = status.stops[-1].get("step", 0) if status.stops else 0
+        state += " by a signal, " + ("saved" if good is not None and good.step >= step else "not saved")
     if status.since is not None:
         state += f" since {_date(status.since)} ({duration(now - status.since)})"
     if status.state in ("running", "hung") and status.seen is not None and now - status.seen > 60:

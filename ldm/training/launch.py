@@ -53,6 +53,9 @@ def launcher(devices: int, num_nodes: int, found: Mapping[str, str]) -> str:
         _agree("num_nodes", num_nodes, "WORLD_SIZE/LOCAL_WORLD_SIZE", world // local)
         return "torchrun"
     if "SLURM_JOB_ID" not in found:
+        if num_nodes > 1 and "NODE_RANK" not in found:
+            what, fix = "but nothing starts the other nodes", "use srun, or torchrun on each"
+            raise InputError(f"trainer.num_nodes={num_nodes}", what, fix)
         return "local"
     tasks = int(found.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks == 1 and devices * num_nodes == 1:

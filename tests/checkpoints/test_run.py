@@ -224,6 +224,21 @@ def test_the_lock_is_given_back_also_after_an_error(tmp_path):
     assert (run.path / "run.lock").read_text() == ""
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_lock_that_goes_soon_is_waited_for(tmp_path, monkeypatch, restarted):
+    """`ldm status` looks for an instant; what a lost node held the file server may keep for a while."""
+    if restarted:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        monkeypatch.setattr(module, "INSTANT", 0.0)
+    run = RunDirectory(tmp_path, "quick")
+    run.start()
+    file = (run.path / "run.lock").open("a")
+    fcntl.flock(file, fcntl.LOCK_SH)
+    threading.Timer(0.3, file.close).start()
+    with run.lock():
+        assert file.closed
+
+
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "No locks available")

@@ -70,6 +70,11 @@ def test_ranks_that_are_not_those_of_the_config(more, line):
     assert lines[1].startswith(f"FAIL ranks and devices: {line}")
 
 
+def test_a_host_that_is_silent_is_not_missed_twice():
+    facts = [fact for fact in cluster() if fact["host"] != "node4"]
+    assert [line.level for line in checks.devices(facts, NEEDS | {"devices": 2, "num_nodes": 4})] == [OK]
+
+
 def test_too_few_devices_for_one_process():
     alone = {"accelerator": "gpu", "devices": 8, "num_nodes": 1, "world": 1}
     lines = text(checks.devices(cluster(1, 1), alone))
@@ -221,6 +226,10 @@ def test_how_long_a_checkpoint_takes_and_whether_it_fits():
     assert checks.disk("/runs", 43 * 10**9, 14 * 10**9, 2).level == OK
     line = checks.disk("/runs", 41 * 10**9, 14 * 10**9, 2)
     assert (line.level, line.figure) == (FAIL, "41.0 GB free at /runs, 2 + 1 checkpoints need 42.0 GB")
+    line = checks.disk("/runs", 15 * 10**9, 14 * 10**9, 2, there=28 * 10**9)
+    figure = "15.0 GB free at /runs, 2 + 1 checkpoints, besides 28.0 GB that are there, need 14.0 GB"
+    assert (line.level, line.figure) == (OK, figure)
+    assert checks.disk("/runs", 13 * 10**9, 14 * 10**9, 2, there=99 * 10**9).level == FAIL
 
 
 def test_memory_is_that_of_all_ranks_of_a_host():
@@ -284,7 +293,7 @@ def test_srun():
     env |= {"SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_STEP_TASKS_PER_NODE": "8,4"}
     place = place_of(env)
     assert (place.rank, place.world, place.local_rank, place.address) == (9, 12, 1, "gpu07")
-    assert place.port == 20000 + 41234 % 20000
+    assert place.port == 20000 + 41234 % 12000
     assert [place.host_of(rank, {}) for rank in (0, 7, 8, 11)] == ["gpu07", "gpu07", "gpu08", "gpu08"]
     assert place_of(env | {"MASTER_ADDR": "a", "MASTER_PORT": "1"}).address == "a"
 

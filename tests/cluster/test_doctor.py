@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from ldm import cli
-from ldm.cluster import probes, shared_files
+from ldm.cluster import doctor, probes, shared_files
 from ldm.cluster.doctor import Talk
 from ldm.cluster.place import Place
+from ldm.errors import InputError
 
 ROOT = Path(cli.__file__).parents[1]
 CPU = torch.device("cpu")
@@ -64,6 +65,37 @@ def test_memory_and_files(tmp_path):
         f"{tmp_path}/b.tar: No such file or directory",
     ]
     assert probes.missing_files([str(tmp_path), "/nowhere"]) == ["/nowhere"]
+
+
+# ---- rank 0 and the others
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_rank_0_that_is_not_there_is_named(monkeypatch, port):
+    monkeypatch.setattr(doctor, "MEETING", 0.5)
+    place = Place(1, 2, host="node2", address="127.0.0.1", port=port)
+    with pytest.raises(
+        InputError, match=f"^127.0.0.1:{port}: rank 0 does not answer there; exclude"
+    ) as error:
+        list(doctor.examine(place, [], 1, 0.5))
+    assert error.value.every_rank
+
+
+def test_a_port_that_is_taken(port):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", port))
+        other.listen()
+        place = Place(0, 2, host="node1", address="127.0.0.1", port=port)
+        with pytest.raises(
+            InputError, match="rank 0 cannot listen there, the port is taken; set MASTER_PORT"
+        ):
+            list(doctor.examine(place, [], 1, 0.5))
 
 
 # ---- files

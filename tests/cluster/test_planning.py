@@ -16,6 +16,7 @@ from ldm.cluster.workload import Workload
 from ldm.config import CONFIG_DIR
 from ldm.errors import InputError
 
+SMALL = "experiment=quickstart_autoencoder"
 P = 859_520_964
 STATIC = {"weights": 4 * P, "gradients": 4 * P, "average": 4 * P, "optimizer": 8 * P, "frozen": 827_000_000}
 
@@ -63,6 +64,14 @@ def test_the_batch_is_the_largest_that_fits(stage):
     cfg = {**stage.cfg, "data": {**stage.cfg["data"], "batch_size": 4}}
     chosen = planned(Stage("x", cfg, stage.load), Options(1, 8), 8).batch
     assert (chosen.pictures, chosen.accumulate) == (4, 64)
+
+
+def test_nodes_of_few_gpus_meet_on_the_network(stage):
+    whole, halves, single = (planned(stage, Options(8 // each, each), 8).step for each in (8, 4, 1))
+    assert whole.gradients < halves.gradients <= single.gradients
+    slow = planned(stage, Options(2, 4, network=1e9), 8).step
+    assert slow.gradients > 5 * halves.gradients
+    assert planned(stage, Options(2, 4, "gb200"), 8).step == planned(stage, Options(1, 8, "gb200"), 8).step
 
 
 def test_more_gpus_than_pictures_raise_the_batch(stage):
@@ -186,6 +195,19 @@ def test_the_command(capsys, tmp_path):
     assert {"source", "error", "held_out"} <= told["published"][0].keys()
 
 
+def test_units_of_the_options(capsys, tmp_path):
+    out = tmp_path / "plan.json"
+    words = ["--gpu", "a100", "--network", "200", "--write", "2", "--storage", "3", "--loader", "500"]
+    words += ["--requeue", "60", "--gpu-hours-per-failure", "9000", "--measured", "8=10", "--cuda-graph"]
+    strategy = "trainer.strategy=fsdp"
+    assert cli.main(["plan", SMALL, strategy, "--gpus-per-node", "8", *words, "--json", str(out)]) == 0
+    told = json.loads(out.read_text())["stages"][0]["options"]
+    expected = {"gpu": "a100", "network": 25e9, "write": 2e9, "storage": 3e9, "loader": 500.0, "graph": True}
+    expected |= {"requeue": 60.0, "gpu_hours": 9000.0, "measured": [8, 10.0]}
+    assert {name: told[name] for name in expected} == expected
+    assert "planned as trainer=ddp; trainer=fsdp needs less memory" in capsys.readouterr().out
+
+
 def test_the_published_rows_alone(capsys, tmp_path):
     assert cli.main(["plan", "--check", "--json", str(tmp_path / "x.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -200,9 +222,6 @@ def test_a_simulated_start(capsys):
     assert lines[0].startswith("4 steps of 128 ranks on 16 nodes: 1,024 samples, each played by exactly one")
     assert lines[2].startswith("start with a checkpoint of 0.0 GB: launched ")
     assert lines[-1].startswith("simulated in ")
-
-
-SMALL = "experiment=quickstart_autoencoder"
 
 
 @pytest.mark.parametrize(
@@ -223,6 +242,12 @@ SMALL = "experiment=quickstart_autoencoder"
         (
             [SMALL, "--simulate", "--nodes", "3"],
             "data.global_batch_size=8: not divisible by ranks*accumulate",
+        ),
+        ([SMALL, "--simulate", "--json", "x"], "--json: holds forecasts, and this makes none; leave out --s"),
+        ([SMALL, "--fit", "--json", "x"], "--json: holds forecasts, and this makes none; leave out --s"),
+        (
+            [SMALL, "--simulate", "trainer.accumulate_grad_batches=3"],
+            "data.global_batch_size=8: not divisible",
         ),
         (["--check", "--json", "/nowhere/x.json"], "--json: cannot write /nowhere/x.json"),
     ],

@@ -169,6 +169,42 @@ def test_a_killed_run_is_dead_with_its_last_step(history):
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "since"), [("start", 600), ("resume", 600), ("rollback", 600), ("exception", 3600)]
+)
+def test_since_when_it_is_dead(kind, since, history):
+    """A process that was killed noted nothing: what it noted last was hours before."""
+    run = history({"events": [event(3600, kind, 100)]}, beat_ago=600, holder=7000)
+    found = read_status(run, NOW)
+    assert (found.state, found.since) == ("dead", NOW - since)
+
+
+def test_between_two_stages_no_heart_beats(history, held):
+    run = history({"planned": ["a", "b"]}, beat_ago=1200, beat={"ended": True}, holder=7000, stage="a")
+    held(run)
+    assert said(run)[0].startswith("sd1         running since 2026-11-23 10:03 UTC")
+    assert said(run)[2] == "stage       a (1 of 2)"
+
+
+def test_a_stage_that_the_record_does_not_know(history):
+    """run.json was damaged, and the user deleted it, as the error says."""
+    run = history(None, holder=7000, stage="a")
+    assert "stage       a" in said(run)
+
+
+@pytest.mark.parametrize(("devices", "words"), [("[0, 1]", "2 x gpu"), ("-1", "all x gpu"), ("3", "3 x gpu")])
+def test_devices_in_each_form(devices, words, history):
+    run = history({})
+    (run / "config.yaml").write_text(f"trainer: {{accelerator: gpu, devices: {devices}}}\n")
+    assert said(run)[1].endswith(words)
+
+
+@pytest.mark.parametrize(("step", "words"), [(5000, "saved"), (5100, "not saved")])
+def test_what_a_signal_left(step, words, history):
+    run = history({"events": [event(500, "signal", step)]})
+    assert said(run)[0].startswith(f"sd1         stopped by a signal, {words} since")
+
+
 @pytest.mark.parametrize(("beat_ago", "state"), [(60, "running"), (299, "running"), (301, "dead")])
 def test_the_heart_beat_speaks_where_the_lock_does_not_reach(beat_ago, state, history):
     run = history({}, beat_ago=beat_ago, holder=7000, host="another-node")

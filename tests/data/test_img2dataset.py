@@ -46,10 +46,10 @@ def home(tmp_path):
     return tmp_path
 
 
-def start(home, *options, task="0", shards=3):
+def start(home, *options, task="0", shards=3, **more):
     (home / "shards").write_text(str(shards))
     environment = {"PATH": f"{home}/bin:{os.environ['PATH']}", "HOME": str(home), "SLURM_CPUS_PER_TASK": "4"}
-    environment |= {"SLURM_ARRAY_TASK_ID": task} if task else {}
+    environment |= more | ({"SLURM_ARRAY_TASK_ID": task} if task else {})
     command = ["bash", str(SCRIPT), str(home / "urls"), str(home / "out"), *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -109,6 +109,18 @@ def test_an_unfinished_part_shows_nothing_and_goes_on(home):
     assert [path.name for path in (home / "out").iterdir()] == [".parts"]
     assert start(home).returncode == 0
     assert len(list((home / "out").glob("*.tar"))) == 3
+
+
+def test_the_size_of_a_shard_is_a_setting(home):
+    done = start(home, "--number_sample_per_shard", "5000")
+    assert (done.returncode, done.stderr[:26]) == (2, "--number_sample_per_shard:")
+    assert not (home / "called").exists()
+    done = start(home, shards=3, LDM_PER_SHARD="5000")
+    assert done.stderr.endswith("3 of 5 shards are finished; run it again\n")
+    words = (home / "called").read_text().splitlines()
+    assert words[words.index("--number_sample_per_shard") + 1] == "5000"
+    assert start(home, shards=5, LDM_PER_SHARD="5000").returncode == 0
+    assert len(list((home / "out").glob("*.tar"))) == 5
 
 
 def test_a_stop_between_moves(home):

@@ -60,6 +60,7 @@ def environment(monkeypatch):
         (2, 1, slurm(tasks=2, per_node=2, name="interactive"), SLURMEnvironment),  # srun inside salloc
         (2, 1, torchrun(2, 2), TorchElasticEnvironment),
         (4, 2, torchrun(8, 4), TorchElasticEnvironment),
+        (4, 2, {"NODE_RANK": "1", "MASTER_ADDR": "node1"}, LightningEnvironment),  # Lightning's own way
         (4, 2, slurm(tasks=2, per_node=1, nodes=2) | torchrun(8, 4), TorchElasticEnvironment),
     ],
 )
@@ -74,6 +75,12 @@ def test_who_started_it(devices, num_nodes, found, kind, environment):
 @pytest.mark.parametrize(
     ("devices", "num_nodes", "found", "line"),
     [
+        (
+            4,
+            2,
+            {},
+            "trainer.num_nodes=2: but nothing starts the other nodes; use srun, or torchrun on each",
+        ),
         (4, 1, slurm(8, 8), "trainer.devices=4: but SLURM_NTASKS_PER_NODE=8; set trainer.devices=8"),
         (1, 1, slurm(8, 8), "trainer.devices=1: but SLURM_NTASKS_PER_NODE=8; set trainer.devices=8"),
         (8, 1, slurm(32, 8, 4), "trainer.num_nodes=1: but SLURM_NNODES=4; set trainer.num_nodes=4"),
