@@ -37,7 +37,10 @@ def outcome(run: RunDirectory, stage: Stage, began: Path | None, trainer: pl.Tra
     """
     step = trainer.global_step
     if guard.signal is not None:
-        run.event("signal", step, f"signal {guard.signal}: saved step {step}")
+        newest = native.newest(stage.checkpoints, ())
+        saved = newest is not None and newest.name == f"step-{step:09d}"
+        what = f"saved step {step}" if saved else f"step {step} could not be saved"
+        run.event("signal", step, f"signal {guard.signal}: {what}")
         return guard.exit_code
     if not guard.rollback:
         return 0

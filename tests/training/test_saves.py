@@ -13,6 +13,8 @@ import torch
 
 import train
 from ldm.checkpoints import native, writer
+from ldm.cluster.status import read_status
+from ldm.cluster.status_table import table
 from ldm.errors import REQUEUE
 from ldm.training.callbacks import checkpoint
 from ldm.training.callbacks.watchdog import CALM, StepWatchdog
@@ -112,6 +114,10 @@ def test_a_signal_whose_checkpoint_is_lost_is_no_wrong_input(recipe, disk, signa
     assert train.command(recipe(1, "run")) == REQUEUE
     assert "could not save step 5" in caplog.text
     assert steps(tmp_path / "run") == [3]
+    lines = table(read_status(tmp_path / "run"), time.time())
+    assert " stopped by a signal, not saved since " in lines[0]
+    events = json.loads((tmp_path / "run/run.json").read_text())["events"]
+    assert events[-1]["what"] == f"signal {int(signal.SIGTERM)}: step 5 could not be saved"
 
 
 def test_a_signal_while_the_one_before_is_being_written(recipe, signalled, monkeypatch, tmp_path):
