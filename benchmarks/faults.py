@@ -82,11 +82,13 @@ def run(tests: Sequence[str], full: bool) -> dict[str, Any]:
 
 
 def summed(report: Path) -> dict[str, Any]:
-    """From pytest's report: tests, failures, skips, and the sums of what the tests counted."""
-    found: dict[str, Any] = {"tests": 0, "failed": 0, "skipped": 0, "counts": {}}
+    """From pytest's report: tests, failures and why, skips, and the sums of what the tests counted."""
+    found: dict[str, Any] = {"tests": 0, "failed": 0, "skipped": 0, "counts": {}, "problems": []}
     for case in ElementTree.parse(report).iter("testcase"):
         found["tests"] += 1
         found["failed"] += case.find("failure") is not None or case.find("error") is not None
+        for kind in ("failure", "error"):
+            found["problems"] += [f"{case.get('name')}: {one.get('message')}" for one in case.iter(kind)]
         found["skipped"] += case.find("skipped") is not None
         for item in case.iter("property"):
             if item.get("name") == "counted":
@@ -123,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.json.write_text(json.dumps({**about, "rows": found}, indent=1) + "\n")
         args.json.with_suffix(".md").write_text(harness.markdown(about, [table(found)]))
         print(harness.markdown(about, [table({row: kept[row]})]).splitlines()[-1], flush=True)
+        for problem in kept[row]["problems"]:
+            print(problem, file=sys.stderr, flush=True)
     return int(any(kept[row]["failed"] for row in rows))
 
 

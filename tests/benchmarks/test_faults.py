@@ -46,6 +46,7 @@ def test_what_tests_count_is_added_up(full, kills, tmp_path):
     found = faults.run([str(tmp_path / "test_made.py")], full)
     assert found["tests"] == 3
     assert found["failed"] == 1
+    assert found["problems"] == ["test_two: assert False"]
     assert found["counts"] == {"kills": kills, "lost": kills / 4}
     (cells,) = faults.table({"3": found}).cells
     assert cells[:6] == ["3", faults.ROWS[3], "full" if full else "few", "3 of 3", "1", cells[5]]

@@ -194,6 +194,7 @@ def test_a_job_that_meets_every_fault_ends_as_one_that_meets_none(submit, data, 
             assert all(torch.equal(tensors[kind][name], value) for name, value in values.items())
         data_of = [native.load_document(f, "data.json")["digest"] for f in (folder, content(whole.run)[1])]
         assert data_of[0] == data_of[1]
-        runs = {path.name.rpartition("-")[2] for path in job.run.glob("wandb/offline-run-*")}
+        # offline-run-TIME-ID, or with -1 after it if the same second has another
+        runs = {path.name.split("-")[3] for path in job.run.glob("wandb/offline-run-*")}
         assert len(runs) == 1, "one W&B run"
         counted(hands=0, hangs=0, deviations=0)
