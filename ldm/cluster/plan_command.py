@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ldm.errors import InputError
 
@@ -122,8 +122,6 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     for cfg in configs(args.overrides):
         name = f"{cfg['run_name']} {cfg['stage']}".strip()
         stage = Stage(name, cfg, workload(cfg))
-        if strategy_of(cfg) == "fsdp":
-            yield f"{name}: planned as trainer=ddp; trainer=fsdp needs less memory for weights and optimizer"
         if args.fit:
             yield from fitted(stage, options)
             continue
@@ -138,13 +136,6 @@ def run(args: argparse.Namespace) -> Iterator[str]:
         yield from plan_report.errors()
     if args.json:
         yield plan_report.write_json(args.json, documents)
-
-
-def strategy_of(cfg: Mapping[str, Any]) -> str:
-    """ddp, fsdp or another word."""
-    strategy = cfg["trainer"].get("strategy", "auto")
-    name = strategy.get("_target_", "") if isinstance(strategy, Mapping) else strategy
-    return str(name).rpartition(".")[2]
 
 
 def fitted(stage: Stage, options: Options) -> Iterator[str]:

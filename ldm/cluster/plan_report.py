@@ -30,7 +30,7 @@ def lines(
     pictures = stage.steps * stage.global_batch_size
     fails = found.reliability
     chosen = int(stage.cfg["callbacks"]["checkpoint"]["every"])
-    seconds, stays = found.step.seconds, sum(load.static.values()) / 1e9
+    seconds, stays = found.step.seconds, load.stays(found.gpus) / 1e9
     kept, most = fails.goodput(chosen * seconds), load.fits(gpu.memory, found.gpus)
     return [
         f"{stage.name}: {pictures:,} pictures, {stage.steps:,} steps of {stage.global_batch_size:,}, "

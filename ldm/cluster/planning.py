@@ -116,13 +116,17 @@ def configs(overrides: Sequence[str]) -> list[Mapping[str, Any]]:
 
 
 def software_of(stage: Stage, graph: bool = False) -> Software:
-    """How this framework trains: DDP, an optimizer on every rank."""
+    """How this framework trains: DDP with the optimizer on every rank, or FSDP with its rows on each."""
     size, parameters = stage.load.static, max(1, stage.load.work.parameters)
     clipping = 3 if stage.cfg["trainer"].get("gradient_clip_val") else 1  # read, and read and written
     moved = 2 * size["optimizer"] + 3 * size["weights"] + (1 + clipping) * size["gradients"]
     moved += 2 * size["average"]
     each = size["gradients"] / parameters
-    return Software(gradient_bytes=each, optimizer_bytes=moved / parameters, last_bucket=25e6, graph=graph)
+    found = Software(gradient_bytes=each, optimizer_bytes=moved / parameters, last_bucket=25e6, graph=graph)
+    if stage.load.gathered is None:
+        return found
+    weights = min(4.0, stage.load.gathered / parameters)  # the rest is cast on each
+    return replace(found, shards="world", gather_bytes=weights, overlap_gather=True)
 
 
 def batch_of(stage: Stage, gpus: int, gpu: GPU, pictures_of_all: int) -> Batch:

@@ -26,6 +26,7 @@ from ldm.nn.attention import Transformer2D
 from ldm.nn.resnet import ResnetBlock
 from ldm.training.adversarial_module import AdversarialAutoencoderModule
 from ldm.training.assembly import NETWORKS, build_module
+from ldm.training.autoencoder_module import AutoencoderModule
 from ldm.training.module import TrainingModule
 from ldm.training.summary import memory, without_weights
 from ldm.types import Batch
@@ -55,12 +56,19 @@ class Workload:
     each: float  # bytes that a picture keeps for the backward pass
     block: float  # bytes a picture needs while a block is computed again
     picture_bytes: float  # as it is read
+    gathered: float | None = None  # bytes of the weights as FSDP gathers them for a step; None: it is DDP
+
+    def stays(self, gpus: int) -> float:
+        """Bytes on each GPU between steps: DDP keeps gradients twice, FSDP the rows of a GPU."""
+        whole, frozen = sum(self.static.values()), self.static.get("frozen", 0)
+        if self.gathered is not None:
+            return frozen + (whole - frozen) / gpus
+        return whole + (self.static["gradients"] if gpus > 1 else 0)
 
     def memory(self, pictures: float, gpus: int) -> float:
-        """Bytes at the end of a forward pass of so many pictures; several GPUs keep gradients twice."""
-        buckets = self.static["gradients"] if gpus > 1 else 0
-        used = sum(self.static.values()) + buckets + self.fixed + (self.each + self.block) * pictures
-        return FRAGMENTS * used + RESERVE
+        """Bytes at the end of a forward pass of so many pictures."""
+        weights = self.fixed if self.gathered is None else self.gathered
+        return FRAGMENTS * (self.stays(gpus) + weights + (self.each + self.block) * pictures) + RESERVE
 
     def fits(self, capacity: float, gpus: int) -> int:
         """The most pictures that a device of `capacity` bytes can take at once; 0: not even one."""
@@ -87,6 +95,10 @@ def workload(cfg: Mapping[str, Any]) -> Workload:
     two.flops.subtract(one.flops)  # less what is once a batch, as an empty caption's context
     flops = {name: count * passes(module, name, recompute, cfg) for name, count in two.flops.items()}
     flops = {name: count for name, count in flops.items() if count and name != OTHER}
+    gathered = None
+    if strategy_of(cfg) == "fsdp":  # in bf16, or else in float32 and what is cast besides
+        narrow = dtype is torch.bfloat16 and not isinstance(module, AutoencoderModule)
+        gathered = 2.0 * trained if narrow else static["weights"] + one.saved - each
     networks = trained_networks(module)
     ops = sum(one.ops[name] for name in networks)
     frozen = sum(one.ops.values()) - ops
@@ -99,7 +111,15 @@ def workload(cfg: Mapping[str, Any]) -> Workload:
         each,
         block,
         picture_bytes(cfg, module),
+        gathered,
     )
+
+
+def strategy_of(cfg: Mapping[str, Any]) -> str:
+    """auto, ddp, fsdp or another word of a resolved config."""
+    strategy = cfg["trainer"].get("strategy", "auto")
+    name = strategy.get("_target_", "") if isinstance(strategy, Mapping) else strategy
+    return str(name).rpartition(".")[2]
 
 
 def is_cached(cfg: Mapping[str, Any]) -> bool:

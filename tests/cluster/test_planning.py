@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from ldm.cluster.forecast import Work, images_per_second, step
 from ldm.cluster.hardware import GPUS, Cluster
 from ldm.cluster.plan_command import fitted
 from ldm.cluster.planning import Options, Stage, forecast, rate_of, software_of
-from ldm.cluster.workload import Workload
+from ldm.cluster.workload import Workload, workload
 from ldm.config import CONFIG_DIR
 from ldm.errors import InputError
 
@@ -72,6 +73,33 @@ def test_nodes_of_few_gpus_meet_on_the_network(stage):
     slow = planned(stage, Options(2, 4, network=1e9), 8).step
     assert slow.gradients > 5 * halves.gradients
     assert planned(stage, Options(2, 4, "gb200"), 8).step == planned(stage, Options(1, 8, "gb200"), 8).step
+
+
+def test_fsdp_keeps_rows_and_gathers_weights(stage):
+    """By hand: a 64th of weights, gradients, average and moments, weights in bf16, activations as ever."""
+    load = replace(stage.load, gathered=2 * P)
+    assert load.memory(16, 64) == pytest.approx(
+        1.05 * (20 * P / 64 + STATIC["frozen"] + 2 * P + 16 * 1.2e9) + 1.5e9
+    )
+    assert load.memory(16, 64) < stage.load.memory(16, 64) - 20e9
+    rows, whole = (planned(Stage("x", stage.cfg, one), Options(8, 8), 64).step for one in (load, stage.load))
+    assert rows.optimizer == pytest.approx(whole.optimizer / 64)
+    software = software_of(Stage("x", stage.cfg, load))
+    assert (software.shards, software.gather_bytes, software.gradient_bytes) == ("world", 2.0, 4.0)
+
+
+def test_what_fsdp_gathers():
+    """bf16 in stage 2; float32, and what autocast makes of it, in stage 1."""
+    recipe = "experiment=quickstart_{}".format
+    (second,) = planning.configs([recipe("diffusion"), "trainer=fsdp"])
+    (first,) = planning.configs([recipe("autoencoder"), "trainer.strategy=fsdp"])
+    (alone,) = planning.configs([recipe("diffusion")])
+    load = workload(second)
+    assert load.gathered == 2 * load.work.parameters
+    load = workload(first)
+    assert load.gathered is not None
+    assert load.gathered >= load.static["weights"]
+    assert workload(alone).gathered is None
 
 
 def test_more_gpus_than_pictures_raise_the_batch(stage):
@@ -195,17 +223,15 @@ def test_the_command(capsys, tmp_path):
     assert {"source", "error", "held_out"} <= told["published"][0].keys()
 
 
-def test_units_of_the_options(capsys, tmp_path):
+def test_units_of_the_options(tmp_path):
     out = tmp_path / "plan.json"
     words = ["--gpu", "a100", "--network", "200", "--write", "2", "--storage", "3", "--loader", "500"]
     words += ["--requeue", "60", "--gpu-hours-per-failure", "9000", "--measured", "8=10", "--cuda-graph"]
-    strategy = "trainer.strategy=fsdp"
-    assert cli.main(["plan", SMALL, strategy, "--gpus-per-node", "8", *words, "--json", str(out)]) == 0
+    assert cli.main(["plan", SMALL, "--gpus-per-node", "8", *words, "--json", str(out)]) == 0
     told = json.loads(out.read_text())["stages"][0]["options"]
     expected = {"gpu": "a100", "network": 25e9, "write": 2e9, "storage": 3e9, "loader": 500.0, "graph": True}
     expected |= {"requeue": 60.0, "gpu_hours": 9000.0, "measured": [8, 10.0]}
     assert {name: told[name] for name in expected} == expected
-    assert "planned as trainer=ddp; trainer=fsdp needs less memory" in capsys.readouterr().out
 
 
 def test_the_published_rows_alone(capsys, tmp_path):
