@@ -251,6 +251,7 @@ def test_words_for_a_strategy(words, kind, recipe, refused, monkeypatch):
     def said(trainer, module):
         raise InputError("seen", type(trainer.strategy).__name__)
 
+    monkeypatch.setenv("NODE_RANK", "0")  # as whoever starts the other nodes by hand sets it
     monkeypatch.setattr(strategies, "check", said)
     assert refused(recipe(1, "run", *words)) == f"seen: {kind}"
 
