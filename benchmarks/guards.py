@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -97,24 +96,13 @@ def train(kinds: tuple[type, ...], logger: str, first: int, steps: int) -> Measu
 
 
 def differences(race: Race) -> Table:
-    """Microseconds that each adds to a step of "neither": the median over rounds, and the quartiles."""
-    base, cells, values = race.runs["neither"], [], {}
-    for name, runs in race.runs.items():
-        if name == "neither":
-            continue
-        row = [name]
-        values[name] = {}
-        for kind in ("cpu_seconds", "seconds"):
-            pairs = zip(runs, base, strict=True)
-            found = sorted(1e6 * (getattr(a, kind) - getattr(b, kind)) / a.count for a, b in pairs)
-            low, high = found[len(found) // 4], found[-1 - len(found) // 4]
-            middle = statistics.median(found)
-            values[name][kind] = middle
-            row.append(f"{middle:.0f} ({low:.0f} .. {high:.0f})")
-        cells.append([*row, f"{values[name]['seconds'] / 1e6 / 0.2:.2%}"])
-    columns = ["added to a step", "CPU, us (quartiles)", "wall, us (quartiles)", "wall, of a step of 0.2 s"]
+    """What each adds to a step of "neither", also as a share of a step of 0.2 s."""
     what = "Against the training without guards and logging, within rounds; a row of the log every 50 steps."
-    return Table("What a step pays", what, columns, cells, values)
+    table = harness.added(race, "neither", what)
+    table.name, table.columns = "What a step pays", [*table.columns, "wall, of a step of 0.2 s"]
+    for row in table.cells:
+        row.append(f"{table.values[row[0]]['seconds'] / 1e6 / 0.2:.2%}")
+    return table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -207,15 +207,36 @@ def markdown(about: Mapping[str, Any], results: Sequence[Race | Table]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def added(race: Race, base: str, what: str) -> Table:
+    """Microseconds that each adds to a turn of `base`: the median over rounds, and the quartiles."""
+    cells, values = [], {}
+    for name, runs in race.runs.items():
+        if name == base:
+            continue
+        row, values[name] = [name], {}
+        for kind in ("cpu_seconds", "seconds"):
+            pairs = zip(runs, race.runs[base], strict=True)
+            found = sorted(1e6 * (getattr(a, kind) - getattr(b, kind)) / a.count for a, b in pairs)
+            low, high = found[len(found) // 4], found[-1 - len(found) // 4]
+            values[name][kind] = statistics.median(found)
+            row.append(f"{values[name][kind]:.0f} ({low:.0f} .. {high:.0f})")
+        cells.append(row)
+    return Table("", what, ["added to a step", "CPU, us (quartiles)", "wall, us (quartiles)"], cells, values)
+
+
 def report(path: Path | None, about: Mapping[str, Any], results: Sequence[Race | Table]) -> None:
     """Print the tables; with a path also write JSON there and the tables beside it (.md)."""
-    text = markdown(about, results)
-    print(text)
+    store(path, about, results)
+    print(markdown(about, results))
+
+
+def store(path: Path | None, about: Mapping[str, Any], results: Sequence[Race | Table]) -> None:
+    """Write JSON to `path`, if there is one, and the tables beside it (.md)."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         values = {**about, "results": [asdict(result) for result in results]}
         path.write_text(json.dumps(values, indent=1) + "\n")
-        path.with_suffix(".md").write_text(text)
+        path.with_suffix(".md").write_text(markdown(about, results))
 
 
 def chosen(parser: argparse.ArgumentParser, only: str | None, parts: Sequence[str]) -> list[str]:

@@ -8,6 +8,9 @@ import pytest
 
 # Bits agree for one number of threads; and two processes of one thread each use two cores best.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Before anything imports Triton, which reads it then: without a GPU its kernels run in the interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).parent.parent
 

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from ldm.random import keyed_bits, keyed_normal, keyed_uniform, philox
+from ldm.random import keyed_bits, keyed_normal, keyed_uniform, keyed_word, philox
 
 COUNT = 2**21  # draws for the moments: their standard errors are below 1e-3
 
@@ -165,3 +165,10 @@ GOLDEN_NORMAL = [
     ["-0x1.27226e0000000p-3", "0x1.8364c60000000p+0", "0x1.4a421c0000000p-2"],
     ["-0x1.0738c00000000p-7", "0x1.7faaa40000000p+0", "0x1.57c3b20000000p-2"],
 ]
+
+
+def test_one_word_in_python_is_the_word_of_the_tensors():
+    for seed, n, purpose in itertools.product(
+        (0, 7, 2**40 + 3, 2**64 - 1), (0, 5, 2**33 + 1), ("layers", "")
+    ):
+        assert keyed_word(seed, n, purpose) == keyed_bits(seed, torch.tensor([n]), purpose, 1).item()

@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nn.attention import PixelAttention
+from ldm.nn.norm import group_norm
 from ldm.nn.resnet import Downsample, Level, ResnetBlock, Upsample
 
 EPS = 1e-6  # of every group norm here
@@ -82,7 +82,7 @@ class Coder(nn.Module):
         x = self.conv_in(x)
         for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(group_norm(x, self.conv_norm_out, silu=True))
 
 
 class ConvAutoencoder(nn.Module):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ldm.nn.attention import Transformer2D
 from ldm.nn.checkpointing import run
 from ldm.nn.embeddings import EmbeddingMLP, sinusoid
+from ldm.nn.norm import group_norm
 from ldm.nn.resnet import Downsample, Level, ResnetBlock, Upsample, zeroed
 from ldm.types import Conditioning
 
@@ -205,7 +206,7 @@ class CrossAttentionUNet(nn.Module):
             rest = len(skips) - len(up.resnets)  # type: ignore[arg-type]
             x = up(x, skips[rest:], told, skips[max(rest - 1, 0)].shape[2:])
             skips = skips[:rest]
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(group_norm(x, self.conv_norm_out, silu=True))
 
     def _check(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> None:
         """Shapes alone are looked at, so the device is never waited for."""

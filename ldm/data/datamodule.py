@@ -342,4 +342,4 @@ class ShardDataModule(lightning.LightningDataModule):
         return self.validation_stream(rank, world_size) if self.sets.validates else []
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch.to(device, non_blocking=True)
+        return batch if device.type == "cpu" else batch.to(device, non_blocking=True)

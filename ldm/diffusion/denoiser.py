@@ -160,4 +160,6 @@ class Denoiser:
         return self.noise_scheduler.alpha(t).view(shape), self.noise_scheduler.sigma(t).view(shape)
 
     def _output(self, x: Tensor, sigma: Level, time: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.backbone(x * self.noise_scheduler.input_scale_of(sigma), time, conditioning).to(x.dtype)
+        scale = self.noise_scheduler.input_scale_of(sigma)
+        scaled = x if isinstance(scale, float) and scale == 1 else x * scale
+        return self.backbone(scaled, time, conditioning).to(x.dtype)

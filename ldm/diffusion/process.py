@@ -154,19 +154,19 @@ class Process(ABC):
         """(b * x - sigma * F) / m."""
         _, b = self.pair(alpha, sigma)
         m = self.determinant(alpha, sigma)
-        return (b / m) * x - (sigma / m) * output
+        return mixed(b / m, x, -sigma / m, output)
 
     def noise_from_output(self, x: Tensor, output: Tensor, alpha: Level, sigma: Level) -> Tensor:
         """(alpha * F - a * x) / m."""
         a, _ = self.pair(alpha, sigma)
         m = self.determinant(alpha, sigma)
-        return (alpha / m) * output - (a / m) * x
+        return mixed(alpha / m, output, -a / m, x)
 
     def output_from_clean(self, x: Tensor, clean: Tensor, alpha: Level, sigma: Level) -> Tensor:
         """(b * x - m * clean) / sigma, the F that says `clean`."""
         _, b = self.pair(alpha, sigma)
         m = self.determinant(alpha, sigma)
-        return (b / sigma) * x - (m / sigma) * clean
+        return mixed(b / sigma, x, -m / sigma, clean)
 
     def weight_of_clean(self, t: Tensor) -> Tensor:
         """sigma^2 / m^2: weight in output space of a squared error of the clean estimate."""
@@ -207,6 +207,11 @@ class Process(ABC):
             known = ", ".join([*self.time_spacings, *LEVEL_SPACINGS])
             raise ValueError(f"spacing={spacing} is not for {type(self).__name__}; choose one of {known}")
         return Grid([*rows, GridRow(self.clean_time, 1.0, 0.0)], self._row_of)
+
+
+def mixed(a: Level, x: Tensor, b: Level, y: Tensor) -> Tensor:
+    """a x + b y; of floats by two operations."""
+    return torch.add(a * x, y, alpha=b) if isinstance(b, float) else a * x + b * y
 
 
 def at_least_float32(t: Tensor) -> Tensor:

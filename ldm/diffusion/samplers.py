@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from ldm.errors import InputError
@@ -65,7 +66,8 @@ def ddim(
         rho = t.alpha * s.sigma / (s.alpha * t.sigma)
         up = eta * s.sigma * math.sqrt(max(0.0, 1 - rho**2))
         down = math.sqrt(s.sigma**2 - up**2)
-        x = s.alpha * denoised + down * _noise_estimate(x, denoised, t)
+        kept = down / t.sigma  # of x_t; s.alpha * denoised + down * noise estimate, by two operations
+        x = torch.add((s.alpha - kept * t.alpha) * denoised, x, alpha=kept)
         if up > 0:
             x = x + up * noise(i)
         if callback is not None:
@@ -135,13 +137,14 @@ def dpmpp_2m(
     for i, (t, s) in enumerate(pairwise(grid)):
         denoised = denoise(x, t)
         h = _half_log_snr(s) - _half_log_snr(t)
-        extrapolated = denoised
-        if last is not None and math.isfinite(h) and math.isfinite(h_last):
-            c = h / (2 * h_last)
-            extrapolated = (1 + c) * denoised - c * last
         rho = t.alpha * s.sigma / (s.alpha * t.sigma)  # exp(-h)
         up = s.sigma * math.sqrt(1 - rho ** (2 * eta))
-        x = (s.sigma / t.sigma * rho**eta) * x + (s.alpha * (1 - rho ** (1 + eta))) * extrapolated
+        share, c = s.alpha * (1 - rho ** (1 + eta)), 0.0  # of the estimate, extrapolated by c
+        x = (s.sigma / t.sigma * rho**eta) * x
+        if last is not None and math.isfinite(h) and math.isfinite(h_last):
+            c = h / (2 * h_last)
+            x = x.add_(last, alpha=-share * c)
+        x = x.add_(denoised, alpha=share * (1 + c))
         if up > 0:
             x = x + up * noise(i)
         last, h_last = denoised, h

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nn.checkpointing import run
+from ldm.nn.norm import group_norm
 from ldm.nn.resnet import zeroed
 
 
@@ -58,7 +59,7 @@ class PixelAttention(Attention):
         self.group_norm = nn.GroupNorm(norm_groups, channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return x + to_map(self.attend(to_tokens(self.group_norm(x))), *x.shape[2:])
+        return x + to_map(self.attend(to_tokens(group_norm(x, self.group_norm))), *x.shape[2:])
 
 
 class GEGLU(nn.Module):
@@ -145,7 +146,7 @@ class Transformer2D(nn.Module):
     ) -> Tensor:
         """[b c h w], context [b l d], mask bool [b l] -> [b c h w]."""
         size = x.shape[2:]
-        h = self.norm(x)
+        h = group_norm(x, self.norm)
         h = self.proj_in(to_tokens(h)) if self.linear_projection else to_tokens(self.proj_in(h))
         for block in self.transformer_blocks:
             h = run(block, h, context, mask, recompute=recompute)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.nn.norm import group_norm
+
 
 def zeroed(layer: nn.Module) -> nn.Module:
     """The same layer with parameters 0, so that the residual branch it ends starts as the identity."""
@@ -47,10 +49,9 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, activated_emb: Tensor | None = None) -> Tensor:
         """[b c_in h w] -> [b c_out h w]; `activated_emb` is SiLU(embedding) [b d], computed once."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        if self.time_emb_proj is not None:
-            h = h + self.time_emb_proj(activated_emb)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(group_norm(x, self.norm1, silu=True))
+        emb = None if self.time_emb_proj is None else self.time_emb_proj(activated_emb)
+        h = self.conv2(self.dropout(group_norm(h, self.norm2, emb, silu=True)))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
 

@@ -129,7 +129,7 @@ class AdversarialAutoencoderModule(AutoencoderModule):
         for group in self.discriminator_optimizer.param_groups:
             group.setdefault("base_lr", group["lr"])
             group["lr"] = group["base_lr"] * factor
-        if self.may_step(self.discriminator_optimizer, norm):
+        if self.may_step(self.discriminator_optimizer, torch.isfinite(norm)):
             self.discriminator_optimizer.step()
         self.discriminator_optimizer.zero_grad(set_to_none=True)
 

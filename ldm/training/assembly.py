@@ -16,7 +16,7 @@ from ldm.checkpoints.posthoc import FOLDER
 from ldm.checkpoints.run import RunDirectory, Stage
 from ldm.config import build, compose, plain, to_yaml
 from ldm.errors import InputError
-from ldm.training import launch, strategies
+from ldm.training import launch, loop, strategies
 from ldm.training.callbacks.checkpoint import Checkpoints
 from ldm.training.callbacks.data_health import DataHealth
 from ldm.training.callbacks.latents import LatentStatistics
@@ -171,6 +171,7 @@ def build_trainer(
         raise InputError(
             "report", "measures the quickstart's pictures, and this is other data", "add report=null"
         )
+    loop.install(trainer)
     strategies.check(trainer, module)
     datamodule.check_batch(trainer.num_devices * trainer.num_nodes, trainer.accumulate_grad_batches)
     launch.note_run(cfg["run_dir"])

@@ -31,13 +31,17 @@ class EMA:
         self.decay = decay
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.names = list(named)
-        self.parameters = list(named.values())
+        self.parameters: list[Tensor] = list(named.values())
         self.sharded = sharded_parts(module)
         self.average = [
             p.detach().clone().to(torch.promote_types(p.dtype, torch.float32)) for p in self._rows()
         ]
+        self.as_they_are = not self.sharded and all(p.dtype == a.dtype for p, a in self._pairs())
         self.exponents = {length: exponent(length) for length in lengths}
         self.profiles = {length: [a.clone() for a in self.average] for length in lengths}
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self.parameters, self.average, strict=True)
 
     def decay_at(self, updates: int) -> float:
         """Decay of the update that follows `updates` earlier ones."""
@@ -58,6 +62,8 @@ class EMA:
             torch._foreach_lerp_(profile, current, 1 - decay)
 
     def _current(self) -> list[Tensor]:
+        if self.as_they_are:
+            return self.parameters
         return [p.detach().to(a.dtype) for p, a in zip(self._rows(), self.average, strict=True)]
 
     def _rows(self) -> list[Tensor]:

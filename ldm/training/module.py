@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.posthoc import exponent
 from ldm.errors import InputError
-from ldm.random import keyed_bits
+from ldm.random import keyed_word
 from ldm.training.ema import EMA
 from ldm.training.optim import ParameterRule, parameter_groups
 from ldm.training.sharding import clip_norm, total_norm
 from ldm.types import Batch
 
+MOST_KEPT = 256  # recorded numbers of a name that are not added up yet
 LRSchedule = Callable[[int], float]  # optimizer step -> factor on the learning rate
 
 
@@ -31,6 +32,31 @@ class NotFiniteError(Exception):
 def to_unit(image: Tensor, dtype: Any = torch.float32) -> Tensor:
     """uint8 [b 3 h w] in 0..255 to [-1, 1], channels last."""
     return image.to(dtype, memory_format=torch.channels_last) / 127.5 - 1
+
+
+class Sums:
+    """A sum and a count, of numbers that are on the device: kept as they come, added up many at once."""
+
+    def __init__(self) -> None:
+        self.totals: list[Tensor] = []
+        self.counts: list[Tensor] = []
+        self.counted = 0.0  # beside `counts`: what is known without the device
+
+    def add(self, total: Tensor, count: Tensor | float = 1.0) -> None:
+        self.totals.append(total.detach())
+        if isinstance(count, Tensor):
+            self.counts.append(count.detach())
+        else:
+            self.counted += count
+        if len(self.totals) >= MOST_KEPT:
+            self.pair()
+
+    def pair(self) -> Tensor:
+        """float64 [2]: sum and count."""
+        total = torch.stack(self.totals).double().sum()
+        count = torch.stack(self.counts).double().sum() if self.counts else torch.zeros_like(total)
+        self.totals, self.counts = [total], [count] if self.counts else []
+        return torch.stack([total, count + self.counted])
 
 
 class TrainingModule(pl.LightningModule):
@@ -56,7 +82,7 @@ class TrainingModule(pl.LightningModule):
         self.ema_decay, self.ema_lengths, self.seed = ema_decay, tuple(ema_lengths), seed
         self.ema: EMA | None = None
         self.frozen: dict[str, nn.Module] = {}
-        self.recorded: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (sum, count), on the device
+        self.recorded: dict[str, Sums] = {}
         self.bad_in_a_row = torch.zeros((), dtype=torch.int64)  # newest steps without a finite gradient
         self.parameter_rules: Sequence[ParameterRule] = ()
         self.batch_ended = 0.0  # time.perf_counter() when the last batch was done with
@@ -93,12 +119,7 @@ class TrainingModule(pl.LightningModule):
 
     def record(self, name: str, total: Tensor, count: Tensor | float = 1.0) -> None:
         """Add to the mean called `name`; read and cleared by the log every so many steps."""
-        total = total.detach().float()
-        count = count.float() if isinstance(count, Tensor) else torch.full_like(total, count)
-        if name in self.recorded:
-            old_total, old_count = self.recorded[name]
-            total, count = old_total + total, old_count + count
-        self.recorded[name] = (total, count)
+        self.recorded.setdefault(name, Sums()).add(total, count)
 
     def recorded_sums(self) -> dict[str, tuple[float, float]]:
         """(sum, count) over all ranks of what was recorded and not yet taken. Waits for the device."""
@@ -106,7 +127,7 @@ class TrainingModule(pl.LightningModule):
         if not self.recorded:
             return {}
         names = sorted(self.recorded)
-        pairs = torch.stack([torch.stack(self.recorded[name]) for name in names])
+        pairs = torch.stack([self.recorded[name].pair() for name in names])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(pairs)
         return {name: (total, count) for name, (total, count) in zip(names, pairs.tolist(), strict=True)}
@@ -135,8 +156,11 @@ class TrainingModule(pl.LightningModule):
         trainer = self.trainer
         micro = trainer.accumulate_grad_batches
         place = trainer.global_step * micro + batch_idx % micro
-        key = torch.tensor([place * trainer.world_size + trainer.global_rank])
-        torch.manual_seed(int(keyed_bits(self.seed, key, "layers", 1)))
+        seed = keyed_word(self.seed, place * trainer.world_size + trainer.global_rank, "layers")
+        if self.on_host:  # torch.manual_seed would keep a stack trace for each GPU library that is not in use
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.batch_ended = time.perf_counter()  # after all callbacks: from here on the loop waits for data
@@ -162,27 +186,27 @@ class TrainingModule(pl.LightningModule):
         if gradient_clip_val and self.ema.sharded:
             norm = clip_norm(self.ema.parameters, gradient_clip_val)
         elif gradient_clip_val:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            norm = torch.nn.utils.clip_grad_norm_(self.ema.parameters, gradient_clip_val)
         elif not hidden:
-            norm = total_norm(p.grad for p in self.parameters() if p.grad is not None)
+            norm = total_norm(p.grad for p in self.ema.parameters if p.grad is not None)
         else:
             return
         self.record("train/grad_norm", norm)  # before clipping
         if not scaled:  # a scaler looks at its gradients itself
-            bad = ~torch.isfinite(norm.detach())
-            self.bad_in_a_row = torch.where(bad, self.bad_in_a_row.to(bad.device) + 1, 0)
+            finite = torch.isfinite(norm.detach())
+            bad = ~finite
+            self.bad_in_a_row = (self.bad_in_a_row.to(bad.device) + 1) * bad
             self.record("train/skipped", bad)
-            if not self.may_step(optimizer, norm.detach()):
+            if not self.may_step(optimizer, finite):
                 raise NotFiniteError
 
-    def may_step(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
-        """Whether `optimizer` may step: not with a gradient that is not finite. `norm`: its, of all ranks.
+    def may_step(self, optimizer: torch.optim.Optimizer, finite: Tensor) -> bool:
+        """Whether `optimizer` may step: not with a gradient that is not `finite`, on any rank.
 
         Fused optimizers on a GPU are told there, and leave weights and moments as they are (the average comes
         1 - decay nearer to them). For others the number is read here: on a GPU that waits.
         """
-        finite, fused = torch.isfinite(norm), all(group.get("fused") for group in optimizer.param_groups)
-        if self.on_host or not fused:
+        if self.on_host or not all(group.get("fused") for group in optimizer.param_groups):
             return bool(finite)
         told: Any = optimizer
         told.grad_scale, told.found_inf = None, (~finite).float()

@@ -15,6 +15,7 @@ from ldm.random import keyed_normal, keyed_uniform
 from ldm.training.autoencoder_module import AutoencoderModule
 from ldm.training.diffusion_module import VALIDATION_TIMES, LatentDiffusionModule
 from ldm.training.ema import EMA
+from ldm.training.module import MOST_KEPT, Sums
 from ldm.training.optim import Constant
 from ldm.types import Batch
 
@@ -114,7 +115,7 @@ def test_captions_are_dropped_to_null_at_the_stated_rate(drop, networks):
 def test_the_loss_is_recorded_by_noise_level(networks):
     module = diffusion(networks, weighting=Simple(), time_distribution=LogitNormal())
     module.training_step(batch_of(0, 64), 0)
-    sums = {name: (float(a), float(b)) for name, (a, b) in module.recorded.items()}
+    sums = {name: each.pair().tolist() for name, each in module.recorded.items()}
     total, count = sums["train/loss"]
     levels = [sums[f"train/loss_t{k}"] for k in range(4)]
     assert count == 64
@@ -201,3 +202,14 @@ def test_a_weighting_that_is_zero_where_sampling_starts_is_refused(networks):
     parts = networks()
     with pytest.raises(ValueError, match="weighting Simple is 0 at the noisiest time"):
         LatentDiffusionModule(*parts, scheduler, optimizer=adamw, **rest)
+
+
+def test_sums_of_many_numbers_are_kept_in_few():
+    values = [torch.tensor(float(i), dtype=torch.bfloat16 if i % 2 else torch.float32) for i in range(600)]
+    sums = Sums()
+    for i, value in enumerate(values):
+        sums.add(value, torch.tensor(2.0) if i % 3 else 1.5)
+    assert len(sums.totals) < MOST_KEPT
+    exact = [sum(float(v) for v in values), sum(2.0 if i % 3 else 1.5 for i in range(600))]
+    assert sums.pair().tolist() == exact
+    assert sums.pair().tolist() == exact

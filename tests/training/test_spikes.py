@@ -2,14 +2,16 @@
 
 import csv
 import math
+import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import train
 from ldm.training.autoencoder_module import AutoencoderModule
-from ldm.training.callbacks.spikes import NAMED, SpikeLog
+from ldm.training.callbacks.spikes import NAMED, SpikeLog, usual_before
 from ldm.training.module import TrainingModule
 
 STEPS = ["trainer.max_steps=40", "callbacks.metrics.every=5", "callbacks.spikes.window=64"]
@@ -122,16 +124,37 @@ def test_no_step_but_those_of_the_log_reads_a_number(recipe, monkeypatch):
     assert {4, 8} <= read - {None} <= {4, 8, 11}, "11 is the last"
 
 
+def judged(log, before, loss):
+    """(median, MAD, whether it is a spike) of one loss after those before."""
+    ((middle, mad),) = usual_before([loss], before, log.window)
+    return middle, mad, log.is_spike(loss, middle, mad, len(before))
+
+
 def test_what_a_spike_is():
     log = SpikeLog(Path("x"), rows=5, window=64, mads=6)
     before = [float(i) for i in range(17)]  # median 8, MAD 4
-    assert log.judge(before, 32.0) == (8, 4, False)
-    assert log.judge(before, 32.001) == (8, 4, True)
-    assert not log.judge(before[:15], 1e9)[2], "too few to tell"
-    assert log.judge(before, math.inf)[2]
-    assert log.judge([], math.nan)[2]
-    assert not log.judge([2.0] * 17, 2.01)[2], "equal but for rounding"
-    assert log.judge([2.0] * 17, 2.02)[2]
+    assert judged(log, before, 32.0) == (8, 4, False)
+    assert judged(log, before, 32.001) == (8, 4, True)
+    assert not judged(log, before[:15], 1e9)[2], "too few to tell"
+    assert judged(log, before, math.inf)[2]
+    assert judged(log, [], math.nan)[2]
+    assert not judged(log, [2.0] * 17, 2.01)[2], "equal but for rounding"
+    assert judged(log, [2.0] * 17, 2.02)[2]
+
+
+@pytest.mark.parametrize("known", [0, 3, 15, 16, 40])
+def test_what_was_usual_is_that_of_the_window_before_each(known):
+    window, drawn = 16, np.random.default_rng(known).normal(size=known + 20).tolist()
+    before, losses = drawn[:known][-window:], drawn[known:]
+    losses[4], losses[9] = math.nan, math.inf
+    usual = usual_before(losses, before, window)
+    for i, (middle, mad) in enumerate(usual):
+        last = [x for x in [*before, *losses[:i]] if math.isfinite(x)][-window:]
+        if not last:
+            assert math.isnan(middle)
+            continue
+        assert middle == statistics.median(last)
+        assert mad == statistics.median(abs(x - middle) for x in last)
 
 
 def test_a_log_of_many_spikes_stays_short(tmp_path, caplog):

@@ -224,8 +224,8 @@ class Checkpoints(StepCallback):
         module.load_extra_state(partial(native.load_tensors, path), state.get("extra", {}))
         module.recorded = {}
         for name, pair in state["recorded"].items():  # sums over all ranks, which must have the same names
-            total, count = torch.tensor(pair if trainer.is_global_zero else (0.0, 0.0)).to(module.device)
-            module.recorded[name] = total, count
+            total, count = pair if trainer.is_global_zero else (0.0, 0.0)
+            module.record(name, torch.tensor(total, dtype=torch.float64, device=module.device), count)
         # Lightning derives global_step from this counter; everything else of its loop state is ours or keyed.
         loop = trainer.fit_loop.epoch_loop
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = state["step"]

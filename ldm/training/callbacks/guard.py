@@ -115,6 +115,10 @@ class Question:
         self, step: int, numbers: Sequence[int], bad_in_a_row: Tensor, device: torch.device, shared: bool
     ) -> None:
         self.step = step
+        self._known: list[int] | None = None
+        if not shared and device.type == "cpu":
+            self._known = [*numbers, int(bad_in_a_row)]
+            return
         asked = torch.stack([*(torch.full_like(bad_in_a_row, n) for n in numbers), bad_in_a_row])
         self._work = dist.all_reduce(asked, dist.ReduceOp.MAX, async_op=True) if shared else None
         self._values, self._event = asked, None
@@ -128,6 +132,8 @@ class Question:
 
     def answer(self) -> list[int]:
         """Waits for what is not there yet."""
+        if self._known is not None:
+            return self._known
         if self._event is not None:
             self._event.synchronize()
         elif self._work is not None:

@@ -92,31 +92,26 @@ class SpikeLog(StepCallback):
             return
         losses = torch.stack([loss.float() for _, _, loss in unread]).tolist()
         found = []
-        for (step, keys, _), loss in zip(unread, losses, strict=True):
-            middle, mad, spike = self.judge(module.losses, loss)
+        usual, known = usual_before(losses, module.losses, self.window), len(module.losses)
+        for (step, keys, _), loss, (middle, mad) in zip(unread, losses, usual, strict=True):
+            spike = self.is_spike(loss, middle, mad, known)
+            known += math.isfinite(loss)
             if spike:
                 found.append(
                     (step, f"{loss:.7g}", f"{middle:.7g}", f"{mad:.7g}", ";".join(filter(None, keys)))
                 )
-            if math.isfinite(loss):
-                module.losses = [*module.losses, loss][-self.window :]
-        share = len(unread) / (
-            self.rows * trainer.world_size
-        )  # so that a row's mean is the count of all ranks
+        module.losses = [*module.losses, *filter(math.isfinite, losses)][-self.window :]
+        # A share, so that a row's mean is the count of all ranks.
+        share = len(unread) / (self.rows * trainer.world_size)
         module.record("train/loss_spikes", torch.tensor(float(len(found)), device=module.device), share)
         if found:
             self._tell(found, self.path(trainer.global_rank))
 
-    def judge(self, before: list[float], loss: float) -> tuple[float, float, bool]:
-        """(median, MAD, whether `loss` is a spike after the losses `before`)."""
-        if not before:
-            return math.nan, math.nan, not math.isfinite(loss)
-        values = np.array(before)
-        middle = float(np.median(values))
-        mad = float(np.median(np.abs(values - middle)))
-        judged = len(before) >= max(LEAST, self.window // 8)
+    def is_spike(self, loss: float, middle: float, mad: float, known: int) -> bool:
+        """Whether `loss` is one after `known` losses with this median and MAD."""
+        judged = known >= max(LEAST, self.window // 8)
         high = judged and loss > middle + self.mads * max(mad, FLAT * abs(middle))
-        return middle, mad, high or not math.isfinite(loss)
+        return high or not math.isfinite(loss)
 
     def _tell(self, found: list[tuple[Any, ...]], path: Path) -> None:
         with spared(f"{path}"):
@@ -131,6 +126,26 @@ class SpikeLog(StepCallback):
         if self._named < NAMED <= self._named + len(found):
             log.warning("more such steps are named in %s alone", path)
         self._named += len(found)
+
+
+def usual_before(losses: list[float], before: list[float], window: int) -> list[tuple[float, float]]:
+    """For each loss the median and MAD of the `window` finite ones before it, first of all those `before`."""
+    finite = np.isfinite(losses)
+    values = np.array([*before, *np.array(losses)[finite]])
+    ends = len(before) + np.cumsum(finite) - finite  # how many come before each
+    if len(before) >= window:  # all at once: one by one it would be a tenth of a millisecond a step
+        windows = np.lib.stride_tricks.sliding_window_view(values, window)[ends - window]
+        middles = np.median(windows, axis=1)
+        mads = np.median(np.abs(windows - middles[:, None]), axis=1)
+        return list(zip(middles.tolist(), mads.tolist(), strict=True))
+    return [_median_and_mad(values[max(0, end - window) : end]) for end in ends]
+
+
+def _median_and_mad(values: np.ndarray) -> tuple[float, float]:
+    if not len(values):
+        return math.nan, math.nan
+    middle = float(np.median(values))
+    return middle, float(np.median(np.abs(values - middle)))
 
 
 def cut(path: Path, step: int) -> None:

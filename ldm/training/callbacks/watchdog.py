@@ -31,6 +31,7 @@ from ldm.training.callbacks.base import StepCallback, spared
 from ldm.training.module import TrainingModule
 
 STEPS = 64  # newest steps that the median is of
+AGAIN = 8  # steps after which it is taken again
 # Steps after long work before the shorter limit counts: other ranks, and the device, may lag behind.
 CALM = 10
 MARK = "most recent call first"  # in what faulthandler writes
@@ -93,7 +94,8 @@ class StepWatchdog(StepCallback):
         module.alive("the end of a step")
         now = time.monotonic()
         self._seconds.append(now - self._began)
-        self._usual = max(self.at_least, self.factor * statistics.median(self._seconds))
+        if step % AGAIN == 0 or len(self._seconds) < AGAIN:
+            self._usual = max(self.at_least, self.factor * statistics.median(self._seconds))
         self._began, self._step = now, step
         if module.long_works != self._long_works:
             self._calm, self._long_works = step + CALM, module.long_works

@@ -1,0 +1,107 @@
+"""The loop over batches: Lightning's, without what each step pays for and nothing here uses.
+
+Lightning's own asks in each step for metrics, a profiler, schedules and validation, and calls every hook of
+every callback, whether it has one or not: on a CPU more time than a small network takes. Strategies,
+precision, accumulation and the hooks that exist are as ever. `python -m benchmarks.cpu --only C4` shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from torch import Tensor
+
+
+def install(trainer: Any) -> None:
+    """Let `trainer` use this loop, unless a profiler wants to hear of all that Lightning does."""
+    if isinstance(trainer.profiler, PassThroughProfiler):
+        old = trainer.fit_loop.epoch_loop
+        trainer.fit_loop.epoch_loop = StepLoop(trainer, old.min_steps, old.max_steps)
+        trainer.callbacks = [Together(trainer.callbacks)]
+
+
+class Together(pl.Callback):
+    """Callbacks as one, that has of each the hooks that it has, in their order."""
+
+    def __init__(self, callbacks: Sequence[pl.Callback]) -> None:
+        self.callbacks = list(callbacks)
+        for name in dir(pl.Callback):
+            if not name.startswith("on_") and name not in ("setup", "teardown"):
+                continue
+            inherited = getattr(pl.Callback, name)
+            own = [getattr(c, name) for c in self.callbacks if getattr(type(c), name) is not inherited]
+            if own:
+                setattr(self, name, own[0] if len(own) == 1 else _each(own))
+
+
+def _each(hooks: Sequence[Callable[..., Any]]) -> Callable[..., None]:
+    def call(*args: Any, **kwargs: Any) -> None:
+        for hook in hooks:
+            hook(*args, **kwargs)
+
+    return call
+
+
+class StepLoop(_TrainingEpochLoop):
+    """An endless stream of batches and one optimizer, whose steps Lightning counts."""
+
+    @property
+    def global_step(self) -> int:
+        return self.automatic_optimization.optim_progress.optimizer.step.total.completed
+
+    def advance(self, data_fetcher: Any) -> None:
+        trainer, module, progress = self.trainer, self.trainer.lightning_module, self.batch_progress
+        (callbacks,) = trainer.callbacks  # type: ignore[attr-defined]
+        batch, _, _ = next(data_fetcher)
+        progress.is_last_batch = data_fetcher.done
+        index = progress.current.ready
+        device, data = trainer.strategy.root_device, trainer.datamodule  # type: ignore[attr-defined]
+        batch = data.transfer_batch_to_device(batch, device, 0)
+        progress.increment_ready()
+        callbacks.on_train_batch_start(trainer, module, batch, index)
+        module.on_train_batch_start(batch, index)
+        progress.increment_started()
+        outputs = self._train(batch, index)
+        progress.increment_processed()
+        callbacks.on_train_batch_end(trainer, module, outputs, batch, index)
+        module.on_train_batch_end(outputs, batch, index)
+        progress.increment_completed()
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        """Nothing: `Validation` validates, the module knows its schedule."""
+
+    def _train(self, batch: Any, index: int) -> dict[str, Tensor]:
+        """Forward and backward pass, and after the last micro-batch the optimizer's step."""
+        trainer, module, strategy = self.trainer, self.trainer.lightning_module, self.trainer.strategy
+        micro, optimizer = trainer.accumulate_grad_batches, trainer.optimizers[0]
+        outputs: dict[str, Tensor] = {}
+
+        def closure() -> Tensor:
+            loss: Any = strategy.training_step(batch, index)
+            loss = loss / micro if micro > 1 else loss
+            outputs["loss"] = loss.detach()
+            if index % micro == 0:
+                optimizer.zero_grad()
+            strategy.backward(loss, optimizer)
+            return outputs["loss"]
+
+        if (index + 1) % micro:
+            with _unsynchronised(strategy):
+                closure()
+        else:
+            steps = self.automatic_optimization.optim_progress.optimizer.step
+            steps.increment_ready()
+            module.optimizer_step(trainer.current_epoch, index, strategy._lightning_optimizers[0], closure)
+            steps.increment_completed()
+        return outputs
+
+
+def _unsynchronised(strategy: Any) -> AbstractContextManager[None]:
+    """The ranks' gradients are averaged with the last micro-batch's alone."""
+    return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()

@@ -1,0 +1,57 @@
+"""Our loop over batches does what Lightning's does, and less beside it."""
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.profilers import SimpleProfiler
+
+import train
+from ldm.training import loop
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_it_trains_what_lightnings_loop_trains(
+    stage, micro_batches, recipe, assert_same_run, monkeypatch, tmp_path
+):
+    accumulate = f"trainer.accumulate_grad_batches={micro_batches}"
+    assert train.command(recipe(stage, "ours", accumulate)) == 0
+    monkeypatch.setattr(loop, "install", lambda trainer: None)
+    assert train.command(recipe(stage, "theirs", accumulate)) == 0
+    assert_same_run(tmp_path / "ours", tmp_path / "theirs")
+
+
+class Noting(pl.Callback):
+    def __init__(self, name, heard):
+        self.name, self.heard = name, heard
+
+
+class Starts(Noting):
+    def on_train_start(self, trainer, pl_module):
+        self.heard.append((self.name, trainer, pl_module))
+
+
+class Ends(Starts):
+    def on_train_end(self, trainer, pl_module):
+        self.heard.append((self.name, "ended"))
+
+
+def test_callbacks_together_have_the_hooks_that_each_has_in_their_order():
+    heard = []
+    together = loop.Together([Noting("a", heard), Starts("b", heard), Ends("c", heard)])
+    together.on_train_start("trainer", "module")
+    together.on_train_end("trainer", "module")
+    together.on_train_epoch_end("trainer", "module")
+    assert heard == [("b", "trainer", "module"), ("c", "trainer", "module"), ("c", "ended")]
+    assert together.on_train_epoch_end.__func__ is pl.Callback.on_train_epoch_end, "nobody has this one"
+
+
+def test_a_profiler_hears_of_all_that_lightning_does():
+    made = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    made |= {"accelerator": "cpu", "enable_model_summary": False, "callbacks": [Noting("a", [])]}
+    watched, trainer = pl.Trainer(profiler=SimpleProfiler(), **made), pl.Trainer(**made)
+    for each in (watched, trainer):
+        loop.install(each)
+    assert not isinstance(watched.fit_loop.epoch_loop, loop.StepLoop)
+    assert type(watched.callbacks[0]) is Noting
+    assert isinstance(trainer.fit_loop.epoch_loop, loop.StepLoop)
+    assert trainer.fit_loop.epoch_loop.max_steps == watched.fit_loop.epoch_loop.max_steps
