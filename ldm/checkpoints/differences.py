@@ -41,6 +41,7 @@ MAY_CHANGE_ON_RESUME = (  # dotted prefixes: what decides where and how fast, ne
     "backbone.gradient_checkpointing",
     "optimizer.fused",
     "deterministic",
+    "speed",
     "summary",
     "logger",
     "callbacks",

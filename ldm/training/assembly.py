@@ -16,6 +16,8 @@ from ldm.checkpoints.posthoc import FOLDER
 from ldm.checkpoints.run import RunDirectory, Stage
 from ldm.config import build, compose, plain, to_yaml
 from ldm.errors import InputError
+from ldm.nn.compiling import compile_blocks
+from ldm.nn.norm import use_fused
 from ldm.training import launch, loop, strategies
 from ldm.training.callbacks.checkpoint import Checkpoints
 from ldm.training.callbacks.data_health import DataHealth
@@ -140,9 +142,18 @@ def flags_restored() -> Iterator[None]:
     finally:
         torch.set_deterministic_debug_mode(mode)
         torch.backends.cudnn.benchmark = benchmark
+        use_fused(False)
         for name, value in before.items():
             os.environ.pop(name, None)
             os.environ |= {} if value is None else {name: value}
+
+
+def quicken(section: Mapping[str, Any], module: TrainingModule) -> None:
+    """Do what the config's `speed` asks for: names, parameters and checkpoints stay."""
+    use_fused(bool(section.get("fused_norm")))
+    if section.get("compile"):
+        for network in (module, *module.frozen.values()):
+            compile_blocks(network)
 
 
 def build_trainer(
@@ -173,6 +184,7 @@ def build_trainer(
         )
     loop.install(trainer)
     strategies.check(trainer, module)
+    quicken(cfg.get("speed") or {}, module)
     datamodule.check_batch(trainer.num_devices * trainer.num_nodes, trainer.accumulate_grad_batches)
     launch.note_run(cfg["run_dir"])
     return trainer
