@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.posthoc import exponent
 from ldm.training.sharding import cut, local, sharded, sharded_parts, whole
 
 
@@ -37,7 +36,7 @@ class EMA:
             p.detach().clone().to(torch.promote_types(p.dtype, torch.float32)) for p in self._rows()
         ]
         self.as_they_are = not self.sharded and all(p.dtype == a.dtype for p, a in self._pairs())
-        self.exponents = {length: exponent(length) for length in lengths}
+        self.exponents = _exponents(lengths)
         self.profiles = {length: [a.clone() for a in self.average] for length in lengths}
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -116,3 +115,11 @@ class EMA:
         chosen = self.average if length is None else self.profiles[length]
         for name, a, p in zip(self.names, chosen, self.parameters, strict=True):
             a.copy_(cut(state[name], p))
+
+
+def _exponents(lengths: Sequence[float]) -> dict[float, float]:
+    if not lengths:
+        return {}
+    from ldm.checkpoints.posthoc import exponent  # late: it reads files, and this file needs torch alone
+
+    return {length: exponent(length) for length in lengths}
