@@ -38,7 +38,7 @@ class Timing:
 def clocked(work: Callable[[], Any], warm_up: int, turns: int, each: int = 1) -> Timing:
     """`turns` times `each` calls, after `warm_up` calls; seconds are of one call."""
     if TOY:
-        warm_up, turns, each = 1, 2, 1
+        warm_up, turns, each = 1, 1, 1
     for _ in range(warm_up):
         work()
     wait()
@@ -90,7 +90,7 @@ UNETS: dict[str, dict[str, Any]] = {
     "sd1": {"num_heads": 8, "context_dim": 768},
     "sd2": {"head_dim": 64, "context_dim": 1024, "linear_projection": True},
 }
-SMALL = {"block_out_channels": (32, 64), "layers_per_block": 1, "transformer_depth": (1, 0), "norm_groups": 8}
+SMALL = {"block_out_channels": (16, 32), "layers_per_block": 1, "transformer_depth": (1, 0), "norm_groups": 4}
 
 
 def unet(name: str) -> nn.Module:
@@ -100,7 +100,7 @@ def unet(name: str) -> nn.Module:
     torch.manual_seed(0)
     options = dict(UNETS[name])
     if TOY:
-        options |= SMALL | {"context_dim": 16} | ({"head_dim": 16} if "head_dim" in options else {})
+        options |= SMALL | {"context_dim": 16} | ({"head_dim": 8} if "head_dim" in options else {})
     with DEVICE:
         return CrossAttentionUNet(**options)
 
@@ -115,7 +115,7 @@ def peer_unet(name: str) -> nn.Module:
     options["use_linear_projection"] = name == "sd2"
     if TOY:
         heads = 8 if name == "sd1" else (2, 4)
-        options |= {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
+        options |= {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4}
         options |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "cross_attention_dim": 16}
         options |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
     with DEVICE:
@@ -134,7 +134,7 @@ def flops(net: nn.Module, batch: dict[str, Tensor]) -> float:
 def batch_of(name: str, count: int, side: int) -> dict[str, Tensor]:
     """What a training step on cached latents is given, on the device; `side`: of the latents."""
     generator = torch.Generator().manual_seed(1)
-    side = 8 if TOY else side
+    side = 4 if TOY else side
     width, tokens = (16, 5) if TOY else (UNETS[name]["context_dim"], 77)
     return {
         "x": torch.randn(count, 4, side, side, generator=generator).to(DEVICE),
