@@ -80,6 +80,7 @@ class StepLoop(_TrainingEpochLoop):
         """Forward and backward pass, and after the last micro-batch the optimizer's step."""
         trainer, module, strategy = self.trainer, self.trainer.lightning_module, self.trainer.strategy
         micro, optimizer = trainer.accumulate_grad_batches, trainer.optimizers[0]
+        (callbacks,) = trainer.callbacks  # type: ignore[attr-defined]
         outputs: dict[str, Tensor] = {}
 
         def closure() -> Tensor:
@@ -88,7 +89,11 @@ class StepLoop(_TrainingEpochLoop):
             outputs["loss"] = loss.detach()
             if index % micro == 0:
                 optimizer.zero_grad()
-            strategy.backward(loss, optimizer)
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            loss = scaler.scale(loss) if scaler is not None else loss
+            callbacks.on_before_backward(trainer, module, loss)
+            loss.backward()
+            callbacks.on_after_backward(trainer, module)
             return outputs["loss"]
 
         if (index + 1) % micro:
@@ -97,7 +102,7 @@ class StepLoop(_TrainingEpochLoop):
         else:
             steps = self.automatic_optimization.optim_progress.optimizer.step
             steps.increment_ready()
-            module.optimizer_step(trainer.current_epoch, index, strategy._lightning_optimizers[0], closure)
+            module.optimizer_step(trainer.current_epoch, index, optimizer, closure)
             steps.increment_completed()
         return outputs
 

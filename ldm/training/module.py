@@ -195,7 +195,8 @@ class TrainingModule(pl.LightningModule):
         if not scaled:  # a scaler looks at its gradients itself
             finite = torch.isfinite(norm.detach())
             bad = ~finite
-            self.bad_in_a_row = (self.bad_in_a_row.to(bad.device) + 1) * bad
+            if not (self.on_host and bool(finite) and int(self.bad_in_a_row) == 0):
+                self.bad_in_a_row = (self.bad_in_a_row.to(bad.device) + 1) * bad
             self.record("train/skipped", bad)
             if not self.may_step(optimizer, finite):
                 raise NotFiniteError
@@ -215,17 +216,16 @@ class TrainingModule(pl.LightningModule):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
-        step = self.trainer.global_step
+        step, own = self.trainer.global_step, self.trainer.optimizers[0]
         factor = self.lr_schedule(step)
-        for group in optimizer.param_groups:
+        for group in own.param_groups:
             group.setdefault("base_lr", group["lr"])
             group["lr"] = group["base_lr"] * factor
         try:
-            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            self.trainer.strategy.optimizer_step(own, optimizer_closure)
         except NotFiniteError:
             return
         assert self.ema is not None
-        own: Any = self.optimizers(use_pl_optimizer=False)
         if hasattr(own, "average_into"):  # the optimizer knows the average of its own
             own.average_into(dict(zip(self.ema.parameters, self.ema.average, strict=True)))
             self.ema.update_profiles(step)

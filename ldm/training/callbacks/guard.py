@@ -88,20 +88,25 @@ class Guard(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
         shared, last = trainer.world_size > 1, step == trainer.max_steps
-        at_once = last or (module.on_host and not shared)
-        if at_once or (step % self.every == 0 and self._question is None):
-            self._hear()
-            numbers = [self._flagged, self.failures()]
-            self._question = Question(step, numbers, module.bad_in_a_row, module.device, shared)
-        if at_once or (self._question is not None and step >= self._question.step + self.lag):
-            self._hear()
+        if module.on_host and not shared:
+            self._learn(self._flagged, self.failures(), int(module.bad_in_a_row))
+        else:
+            if last or (step % self.every == 0 and self._question is None):
+                self._hear()
+                numbers = [self._flagged, self.failures()]
+                self._question = Question(step, numbers, module.bad_in_a_row, module.device, shared)
+            if last or (self._question is not None and step >= self._question.step + self.lag):
+                self._hear()
         trainer.should_stop = trainer.should_stop or self.signal is not None or self.rollback
 
     def _hear(self) -> None:
         if self._question is None:
             return
-        number, self.failed, bad = self._question.answer()
-        self._question = None
+        question, self._question = self._question, None
+        self._learn(*question.answer())
+
+    def _learn(self, number: int, failed: int, bad: int) -> None:
+        self.failed = failed
         self.signal = self.signal or number or None
         if self.rollback_after is not None and bad >= self.rollback_after and not self.rollback:
             self.rollback = True
@@ -115,10 +120,6 @@ class Question:
         self, step: int, numbers: Sequence[int], bad_in_a_row: Tensor, device: torch.device, shared: bool
     ) -> None:
         self.step = step
-        self._known: list[int] | None = None
-        if not shared and device.type == "cpu":
-            self._known = [*numbers, int(bad_in_a_row)]
-            return
         asked = torch.stack([*(torch.full_like(bad_in_a_row, n) for n in numbers), bad_in_a_row])
         self._work = dist.all_reduce(asked, dist.ReduceOp.MAX, async_op=True) if shared else None
         self._values, self._event = asked, None
@@ -132,8 +133,6 @@ class Question:
 
     def answer(self) -> list[int]:
         """Waits for what is not there yet."""
-        if self._known is not None:
-            return self._known
         if self._event is not None:
             self._event.synchronize()
         elif self._work is not None:

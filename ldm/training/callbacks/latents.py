@@ -21,7 +21,7 @@ class LatentStatistics(StepCallback):
     """Does nothing in other stages."""
 
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
-        if step != trainer.max_steps or not isinstance(module, AutoencoderModule):
+        if not isinstance(module, AutoencoderModule) or step != trainer.max_steps:
             return
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         micro = trainer.accumulate_grad_batches  # batches no larger than those of training

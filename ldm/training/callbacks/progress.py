@@ -20,6 +20,9 @@ from ldm.training.callbacks.metrics import MetricsLog
 from ldm.training.module import TrainingModule
 
 
+REDRAWN = 0.1  # seconds between two looks of the bar
+
+
 class ProgressBar(StepCallback):
     """A bar on a terminal; in a file a plain line every `every` steps. Rank 0 only."""
 
@@ -28,6 +31,7 @@ class ProgressBar(StepCallback):
         self.stage, self.metrics, self.every = stage, metrics, every
         self.console = Console(stderr=True)
         self._bar: Progress | None = None
+        self._shown = 0.0  # when the bar was last told
         self._began, self._first = 0.0, 0  # time and step at which this process began to train
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -54,13 +58,17 @@ class ProgressBar(StepCallback):
         if not trainer.is_global_zero:
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, figures=self.figures())
+            now, last = time.perf_counter(), step == trainer.max_steps
+            if last or now - self._shown >= REDRAWN:
+                self._shown = now
+                self._bar.update(self._task, completed=step, figures=self.figures())
         elif step % self.every == 0 or step == trainer.max_steps:
             left = (trainer.max_steps - step) * (time.perf_counter() - self._began) / (step - self._first)
             minutes, seconds = divmod(round(left), 60)
             done = f"{self.stage}  step {step}/{trainer.max_steps}  left {minutes}:{seconds:02d}"
             with spared("the terminal"):  # its session may be gone
-                self.console.print(f"{done}  {self.figures()}", highlight=False)
+                self.console.file.write(f"{done}  {self.figures()}\n")  # print would break lines at 80
+                self.console.file.flush()
 
     def figures(self) -> str:
         """The newest row of the log in a few words."""
