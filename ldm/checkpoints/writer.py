@@ -119,8 +119,15 @@ class Writer:
         """Copies the tensors and returns; waits only for the part before this one."""
         self.wait()
         mine = replace(part, tensors=self.snapshot.take(part.tensors))
-        self._thread = threading.Thread(target=self._work, args=(mine,), name="checkpoint", daemon=True)
+        returned = threading.Event()  # else the thread has the interpreter first, for milliseconds
+
+        def work() -> None:
+            returned.wait()
+            self._work(mine)
+
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
+        returned.set()
 
     def wait(self, timeout: float | None = None) -> None:
         """Until what was submitted is written, or lost."""

@@ -45,7 +45,7 @@ MOMENTS = {  # where a run is when a signal comes: (owner, function, calls that 
     "backward": (torch.Tensor, "backward", range(1, 6)),
     "optimizer": (torch.optim.AdamW, "step", range(1, 6)),
     "validation": (AutoencoderModule, "validation_terms", range(2)),
-    "save": (Writer, "submit", range(2)),
+    "save": (Writer, "submit", range(1)),  # of the second the last step would be the next
     "data": (Loader, "__iter__", range(2, 6)),
 }
 
