@@ -19,7 +19,6 @@ from ldm.training.callbacks.base import StepCallback, spared
 from ldm.training.callbacks.metrics import MetricsLog
 from ldm.training.module import TrainingModule
 
-
 REDRAWN = 0.1  # seconds between two looks of the bar
 
 
