@@ -1,8 +1,9 @@
 """Random numbers that are a function of (seed, n, purpose): no generator, no state, no rank.
 
-Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in integer torch
-operations, so it gives the same bits on every device and can be captured in a CUDA graph. `keyed_normal`
-uses only operations that IEEE 754 rounds correctly (+, -, *, /, sqrt), in float64, for the same reason.
+Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in integer operations,
+so it gives the same bits on every device and can be captured in a CUDA graph. `keyed_normal` uses only
+operations that IEEE 754 rounds correctly (+, -, *, /, sqrt), in float64, for the same reason. Arrays are
+torch's on a device and NumPy's on a CPU, where each of its some hundred calls takes a third of torch's time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch import Tensor
 MASK = 0xFFFFFFFF
 
 
-def philox(counter: Sequence[Tensor], key: tuple[int, int], rounds: int = 10) -> list[Tensor]:
+def philox(counter: Sequence[Any], key: tuple[int, int], rounds: int = 10) -> list[Any]:
     """Four words of random bits (int64 holding uint32) for each element of the four counter words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -33,20 +35,30 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int], rounds: int = 10) ->
     return [c0, c1, c2, c3]
 
 
+def _arrays(n: Tensor) -> tuple[Any, Any]:
+    """The module whose functions compute, and n [b, 1] as an array of it."""
+    n = n.to(torch.int64).reshape(-1, 1)
+    if n.device.type != "cpu":
+        return torch, n
+    import numpy
+
+    return numpy, n.numpy()
+
+
+def _words(xp: Any, n: Any, seed: int, purpose: str, count: int) -> Any:
+    """What `keyed_bits` gives, as an array of the module `xp`."""
+    blocks = -(-count // 4)
+    on = {"device": n.device} if xp is torch else {}
+    zero = xp.zeros_like(n + xp.arange(blocks, **on))
+    low, high = (n & MASK) + zero, ((n >> 32) & MASK) + zero
+    counter = low, high, xp.arange(blocks, **on) + zero, zero + zlib.crc32(purpose.encode())
+    words = philox(counter, (seed & MASK, (seed >> 32) & MASK))
+    return xp.stack(words, -1).reshape(len(n), 4 * blocks)[:, :count]
+
+
 def keyed_bits(seed: int, n: Tensor, purpose: str, count: int) -> Tensor:
     """Random words, int64 in [0, 2^32), [b, count]; row i depends on (seed, n[i], purpose) alone."""
-    blocks = -(-count // 4)
-    n = n.to(torch.int64).reshape(-1, 1)
-    block = torch.arange(blocks, device=n.device).reshape(1, -1)
-    zero = torch.zeros_like(n + block)
-    counter = [
-        (n & MASK) + zero,
-        ((n >> 32) & MASK) + zero,
-        block + zero,
-        zero + zlib.crc32(purpose.encode()),
-    ]
-    words = philox(counter, (seed & MASK, (seed >> 32) & MASK))
-    return torch.stack(words, dim=-1).reshape(len(n), 4 * blocks)[:, :count]
+    return torch.as_tensor(_words(*_arrays(n), seed, purpose, count))
 
 
 def keyed_word(seed: int, n: int, purpose: str) -> int:
@@ -70,39 +82,42 @@ def keyed_normal(seed: int, n: Tensor, purpose: str, shape: Sequence[int] = ()) 
     """Standard normal numbers, float32 [b, *shape], by Box and Muller (1958)."""
     count = math.prod(shape)
     half = -(-count // 2)
-    bits = keyed_bits(seed, n, purpose, 2 * half).to(torch.float64)
-    radius = torch.sqrt(-2.0 * _log((bits[:, :half] + 0.5) * 2.0**-32))
-    cos, sin = _cos_sin_turn(bits[:, half:] * 2.0**-32)
-    normal = torch.cat([radius * cos, radius * sin], dim=1)[:, :count]
-    return normal.to(torch.float32).reshape(len(n), *shape)
+    xp, n = _arrays(n)
+    bits = xp.asarray(_words(xp, n, seed, purpose, 2 * half), dtype=xp.float64)
+    radius = xp.sqrt(-2.0 * _log(xp, (bits[:, :half] + 0.5) * 2.0**-32))
+    cos, sin = _cos_sin_turn(xp, bits[:, half:] * 2.0**-32)
+    normal = xp.concatenate([radius * cos, radius * sin], 1)[:, :count]
+    return torch.as_tensor(xp.asarray(normal, dtype=xp.float32)).reshape(len(n), *shape)
 
 
-def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+def _polynomial(xp: Any, x: Any, coefficients: Sequence[float]) -> Any:
     """Horner's rule, highest coefficient first."""
-    total = torch.full_like(x, coefficients[0])
+    total = xp.full_like(x, coefficients[0])
     for c in coefficients[1:]:
-        total = total * x + c
+        total *= x
+        total += c
     return total
 
 
-def _log(x: Tensor) -> Tensor:
+def _log(xp: Any, x: Any) -> Any:
     """Natural logarithm of positive float64, error below 1e-13: log m + e log 2, log m by atanh's series."""
-    mantissa, exponent = torch.frexp(x)
+    mantissa, exponent = xp.frexp(x)
     small = mantissa < math.sqrt(0.5)
-    mantissa = torch.where(small, mantissa * 2, mantissa)
-    exponent = exponent.to(x.dtype) - small.to(x.dtype)
+    mantissa = xp.where(small, mantissa * 2, mantissa)
+    exponent = xp.asarray(xp.where(small, exponent - 1, exponent), dtype=xp.float64)
     z = (mantissa - 1) / (mantissa + 1)  # |z| < 0.172
-    return 2 * z * _polynomial(z * z, [1 / (2 * k + 1) for k in range(8, -1, -1)]) + exponent * math.log(2)
+    series = _polynomial(xp, z * z, [1 / (2 * k + 1) for k in range(8, -1, -1)])
+    return 2 * z * series + exponent * math.log(2)
 
 
-def _cos_sin_turn(u: Tensor) -> tuple[Tensor, Tensor]:
+def _cos_sin_turn(xp: Any, u: Any) -> tuple[Any, Any]:
     """Cosine and sine of 2 pi u for u in [0, 1), error below 1e-13: quadrants, then Taylor on +-pi / 4."""
-    quadrant = torch.floor(u * 4 + 0.5)
+    quadrant = xp.floor(u * 4 + 0.5)
     angle = (u - quadrant / 4) * (2 * math.pi)
     a2 = angle * angle
-    cos = _polynomial(a2, [(-1) ** k / math.factorial(2 * k) for k in range(8, -1, -1)])
-    sin = angle * _polynomial(a2, [(-1) ** k / math.factorial(2 * k + 1) for k in range(7, -1, -1)])
-    odd, negative_cos = quadrant % 2 == 1, (quadrant == 1) | (quadrant == 2)
-    negative_sin = (quadrant == 2) | (quadrant == 3)
-    out_cos, out_sin = torch.where(odd, sin, cos), torch.where(odd, cos, sin)
-    return torch.where(negative_cos, -out_cos, out_cos), torch.where(negative_sin, -out_sin, out_sin)
+    cos = _polynomial(xp, a2, [(-1) ** k / math.factorial(2 * k) for k in range(8, -1, -1)])
+    sin = angle * _polynomial(xp, a2, [(-1) ** k / math.factorial(2 * k + 1) for k in range(7, -1, -1)])
+    odd, back = quadrant % 2 == 1, (quadrant == 1) | (quadrant == 2)
+    below = (quadrant == 2) | (quadrant == 3)
+    out_cos, out_sin = xp.where(odd, sin, cos), xp.where(odd, cos, sin)
+    return xp.where(back, -out_cos, out_cos), xp.where(below, -out_sin, out_sin)

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from ldm import random
 from ldm.random import keyed_bits, keyed_normal, keyed_uniform, keyed_word, philox
 
 COUNT = 2**21  # draws for the moments: their standard errors are below 1e-3
@@ -144,6 +145,24 @@ def test_no_hidden_state():
     first = keyed_normal(4, torch.arange(8), "noise", (4,))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(keyed_normal(4, torch.arange(8), "noise", (4,)), first)
+
+
+@pytest.mark.parametrize("function", [keyed_bits, keyed_uniform, keyed_normal])
+def test_torch_and_numpy_give_the_same_bits(function, monkeypatch):
+    n = torch.tensor([0, 5, 123_456_789_012, 2**62 + 1])
+    size = 4099 if function is keyed_bits else (4099,)
+    ours = function(2**40 + 3, n, "noise", size)
+    monkeypatch.setattr(random, "_arrays", lambda n: (torch, n.to(torch.int64).reshape(-1, 1)))
+    assert torch.equal(function(2**40 + 3, n, "noise", size), ours)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("function", [keyed_uniform, keyed_normal])
+def test_a_gpu_gives_the_same_bits(function):
+    n = torch.tensor([0, 5, 123_456_789_012])
+    assert torch.equal(
+        function(7, n.cuda(), "noise", (4, 64, 64)).cpu(), function(7, n, "noise", (4, 64, 64))
+    )
 
 
 def test_golden_values():

@@ -313,7 +313,9 @@ def _differentiate(ctx, dy, _moments, _channel):  # type: ignore[no-untyped-def]
     return dx, de if ctx.saved_tensors[1] is not None else None, dweight, dbias, None, None, None
 
 
-forward.register_autograd(_differentiate, setup_context=_keep)
+_registered: None = forward.register_autograd(  # type: ignore[func-returns-value]
+    _differentiate, setup_context=_keep
+)
 
 
 def group_norm(
