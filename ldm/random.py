@@ -38,7 +38,7 @@ def philox(counter: Sequence[Any], key: tuple[int, int], rounds: int = 10) -> li
 def _arrays(n: Tensor) -> tuple[Any, Any]:
     """The module whose functions compute, and n [b, 1] as an array of it."""
     n = n.to(torch.int64).reshape(-1, 1)
-    if n.device.type != "cpu":
+    if n.device.type != "cpu" or type(n) is not Tensor:  # a tensor without data has no form but torch's
         return torch, n
     import numpy
 

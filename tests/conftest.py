@@ -14,6 +14,15 @@ if not Path("/dev/nvidiactl").exists():
 
 ROOT = Path(__file__).parent.parent
 
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+
+
 CONFIG = {
     "run_name": "tiny",
     "autoencoder": {

@@ -156,6 +156,11 @@ def test_torch_and_numpy_give_the_same_bits(function, monkeypatch):
     assert torch.equal(function(2**40 + 3, n, "noise", size), ours)
 
 
+def test_a_tensor_without_data_has_numbers_of_the_right_shape():
+    with torch._subclasses.FakeTensorMode():
+        assert keyed_normal(0, torch.arange(6), "noise", (4, 3)).shape == (6, 4, 3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("function", [keyed_uniform, keyed_normal])
 def test_a_gpu_gives_the_same_bits(function):

@@ -13,7 +13,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor
 
@@ -24,6 +26,36 @@ def install(trainer: Any) -> None:
         old = trainer.fit_loop.epoch_loop
         trainer.fit_loop.epoch_loop = StepLoop(trainer, old.min_steps, old.max_steps)
         trainer.callbacks = [Together(trainer.callbacks)]
+        if _is_plain(trainer):
+            vars(trainer.strategy)["optimizer_step"] = _stepper(trainer)
+
+
+def _is_plain(trainer: Any) -> bool:
+    """Whether nothing but the optimizer is in its step: no scaler of fp16, no strategy's own doing."""
+    strategy, precision = trainer.strategy, trainer.precision_plugin
+    usual = (
+        Strategy.optimizer_step,
+        DDPStrategy.optimizer_step,
+    )  # the second averages models, if it is told to
+    asked = getattr(strategy, "_model_averager", None) or getattr(precision, "scaler", None)
+    whole = (Precision.optimizer_step, MixedPrecision.optimizer_step)
+    return not asked and type(strategy).optimizer_step in usual and type(precision).optimizer_step in whole
+
+
+def _stepper(trainer: Any) -> Callable[..., Any]:
+    """What strategy and precision do at a step, without closures in closures and questions to all hooks."""
+
+    def optimizer_step(optimizer: Any, closure: Callable[[], Any], model: Any = None) -> Any:
+        closure()
+        (callbacks,), module = trainer.callbacks, trainer.lightning_module
+        callbacks.on_before_optimizer_step(trainer, module, optimizer)
+        module.on_before_optimizer_step(optimizer)
+        module.configure_gradient_clipping(
+            optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+        )
+        return optimizer.step()
+
+    return optimizer_step
 
 
 class Together(pl.Callback):

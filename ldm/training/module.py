@@ -5,6 +5,7 @@ Not a framework: `AutoencoderModule` and `LatentDiffusionModule` read on their o
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,7 +44,7 @@ class Sums:
         self.counted = 0.0  # beside `counts`: what is known without the device
 
     def add(self, total: Tensor, count: Tensor | float = 1.0) -> None:
-        self.totals.append(total.detach())
+        self.totals.append(total.detach() if total.requires_grad else total)
         if isinstance(count, Tensor):
             self.counts.append(count.detach())
         else:
@@ -114,8 +115,9 @@ class TrainingModule(pl.LightningModule):
 
         long: it may take as long as a first step, on this rank, or on another one that this one waits for.
         """
-        self.alive_at, self.doing = time.monotonic(), doing
-        self.long_works += long
+        own = vars(self)  # a Module's way of setting an attribute asks about tensors, for microseconds
+        own["alive_at"], own["doing"] = time.monotonic(), doing
+        own["long_works"] += long
 
     def record(self, name: str, total: Tensor, count: Tensor | float = 1.0) -> None:
         """Add to the mean called `name`; read and cleared by the log every so many steps."""
@@ -142,7 +144,12 @@ class TrainingModule(pl.LightningModule):
         self.ema = EMA(self, self.ema_decay, self.ema_lengths)
         given = getattr(self.make_optimizer, "keywords", {})
         decay, lr = given.get("weight_decay", 0.0), given.get("lr")
-        return self.make_optimizer(parameter_groups(self, decay, self.parameter_rules, lr))
+        optimizer = self.make_optimizer(parameter_groups(self, decay, self.parameter_rules, lr))
+        if (
+            self.on_host
+        ):  # torch would look for a GPU's driver in each step, whether a graph is being captured
+            vars(optimizer)["_accelerator_graph_capture_health_check"] = lambda: None
+        return optimizer
 
     def on_fit_start(self) -> None:
         """Take two habits off Lightning: each step, its ranks would wait for the device to learn of signals
@@ -163,7 +170,9 @@ class TrainingModule(pl.LightningModule):
             torch.manual_seed(seed)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        self.batch_ended = time.perf_counter()  # after all callbacks: from here on the loop waits for data
+        vars(self)["batch_ended"] = (
+            time.perf_counter()
+        )  # after all callbacks: from here on the loop waits for data
         self.alive("a training batch")
 
     def configure_gradient_clipping(
@@ -192,11 +201,14 @@ class TrainingModule(pl.LightningModule):
         else:
             return
         self.record("train/grad_norm", norm)  # before clipping
-        if not scaled:  # a scaler looks at its gradients itself
+        if self.on_host and not scaled and math.isfinite(norm.item()) and not self.bad_in_a_row.item():
+            self.record(
+                "train/skipped", self.bad_in_a_row
+            )  # all is well, without ten operations on one number
+        elif not scaled:  # a scaler looks at its gradients itself
             finite = torch.isfinite(norm.detach())
             bad = ~finite
-            if not (self.on_host and bool(finite) and int(self.bad_in_a_row) == 0):
-                self.bad_in_a_row = (self.bad_in_a_row.to(bad.device) + 1) * bad
+            self.bad_in_a_row = (self.bad_in_a_row.to(bad.device) + 1) * bad
             self.record("train/skipped", bad)
             if not self.may_step(optimizer, finite):
                 raise NotFiniteError

@@ -2,6 +2,8 @@
 
 import lightning.pytorch as pl
 import pytest
+import torch
+from lightning.pytorch.plugins.precision import DoublePrecision, MixedPrecision, Precision
 from lightning.pytorch.profilers import SimpleProfiler
 
 import train
@@ -55,3 +57,19 @@ def test_a_profiler_hears_of_all_that_lightning_does():
     assert type(watched.callbacks[0]) is Noting
     assert isinstance(trainer.fit_loop.epoch_loop, loop.StepLoop)
     assert trainer.fit_loop.epoch_loop.max_steps == watched.fit_loop.epoch_loop.max_steps
+
+
+@pytest.mark.parametrize(
+    ("precision", "ours"),
+    [
+        (Precision(), True),
+        (MixedPrecision("bf16-mixed", "cpu"), True),
+        (MixedPrecision("16-mixed", "cuda", scaler=torch.amp.GradScaler("cpu")), False),
+        (DoublePrecision(), True),
+    ],
+)
+def test_a_step_with_a_scaler_is_lightnings(precision, ours):
+    made = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(plugins=[precision], accelerator="cpu", enable_model_summary=False, **made)
+    loop.install(trainer)
+    assert ("optimizer_step" in vars(trainer.strategy)) is ours
