@@ -10,13 +10,25 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
+LOG = [1 / (2 * k + 1) for k in range(8, -1, -1)]  # coefficients of series, the highest power's first
+COS = [(-1) ** k / math.factorial(2 * k) for k in range(8, -1, -1)]
+SIN = [(-1) ** k / math.factorial(2 * k + 1) for k in range(7, -1, -1)]
+Normal = Callable[[int, Tensor, str, Sequence[int]], Tensor]
+
+_fused: Normal | None = None
+
+
+def use_normal(fused: Normal | None) -> None:
+    """Let `fused`, which must give the same bits, make the normal numbers from now on; None: no more."""
+    global _fused
+    _fused = fused
 
 
 def philox(counter: Sequence[Any], key: tuple[int, int], rounds: int = 10) -> list[Any]:
@@ -80,6 +92,11 @@ def keyed_uniform(seed: int, n: Tensor, purpose: str, shape: Sequence[int] = ())
 
 def keyed_normal(seed: int, n: Tensor, purpose: str, shape: Sequence[int] = ()) -> Tensor:
     """Standard normal numbers, float32 [b, *shape], by Box and Muller (1958)."""
+    return (_fused or plain_normal)(seed, n, purpose, shape)
+
+
+def plain_normal(seed: int, n: Tensor, purpose: str, shape: Sequence[int] = ()) -> Tensor:
+    """`keyed_normal` without a kernel."""
     count = math.prod(shape)
     half = -(-count // 2)
     xp, n = _arrays(n)
@@ -106,8 +123,7 @@ def _log(xp: Any, x: Any) -> Any:
     mantissa = xp.where(small, mantissa * 2, mantissa)
     exponent = xp.asarray(xp.where(small, exponent - 1, exponent), dtype=xp.float64)
     z = (mantissa - 1) / (mantissa + 1)  # |z| < 0.172
-    series = _polynomial(xp, z * z, [1 / (2 * k + 1) for k in range(8, -1, -1)])
-    return 2 * z * series + exponent * math.log(2)
+    return 2 * z * _polynomial(xp, z * z, LOG) + exponent * math.log(2)
 
 
 def _cos_sin_turn(xp: Any, u: Any) -> tuple[Any, Any]:
@@ -115,8 +131,7 @@ def _cos_sin_turn(xp: Any, u: Any) -> tuple[Any, Any]:
     quadrant = xp.floor(u * 4 + 0.5)
     angle = (u - quadrant / 4) * (2 * math.pi)
     a2 = angle * angle
-    cos = _polynomial(xp, a2, [(-1) ** k / math.factorial(2 * k) for k in range(8, -1, -1)])
-    sin = angle * _polynomial(xp, a2, [(-1) ** k / math.factorial(2 * k + 1) for k in range(7, -1, -1)])
+    cos, sin = _polynomial(xp, a2, COS), angle * _polynomial(xp, a2, SIN)
     odd, back = quadrant % 2 == 1, (quadrant == 1) | (quadrant == 2)
     below = (quadrant == 2) | (quadrant == 3)
     out_cos, out_sin = xp.where(odd, sin, cos), xp.where(odd, cos, sin)

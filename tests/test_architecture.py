@@ -112,7 +112,7 @@ QUIET = {
     "dict", "tuple", "list", "sorted", "range", "len", "enumerate", "zip", "int", "float", "str", "max",
     "min", "sum", "Path", "resolve", "parent", "split", "join", "format", "sqrt", "log", "exp", "pi",
     "finfo", "iinfo", "device", "partial", "keys", "values", "items", "lower", "upper", "repeat", "count",
-    "getattr", "cast", "abs", "round", "fromkeys", "replace", "register_autograd",
+    "getattr", "cast", "abs", "round", "fromkeys", "replace", "register_autograd", "factorial",
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ldm.config import build, compose, plain, to_yaml
 from ldm.errors import InputError
 from ldm.nn.compiling import compile_blocks
 from ldm.nn.norm import use_fused
+from ldm.random import use_normal
 from ldm.training import launch, loop, strategies
 from ldm.training.callbacks.checkpoint import Checkpoints
 from ldm.training.callbacks.data_health import DataHealth
@@ -143,6 +145,7 @@ def flags_restored() -> Iterator[None]:
         torch.set_deterministic_debug_mode(mode)
         torch.backends.cudnn.benchmark = benchmark
         use_fused(False)
+        use_normal(None)
         for name, value in before.items():
             os.environ.pop(name, None)
             os.environ |= {} if value is None else {name: value}
@@ -151,6 +154,10 @@ def flags_restored() -> Iterator[None]:
 def quicken(section: Mapping[str, Any], module: TrainingModule) -> None:
     """Do what the config's `speed` asks for: names, parameters and checkpoints stay."""
     use_fused(bool(section.get("fused_norm")))
+    if section.get("fused_noise") and find_spec("triton") is not None:
+        from ldm.nn.kernels.normal import keyed_normal
+
+        use_normal(keyed_normal)
     if section.get("compile"):
         for network in (module, *module.frozen.values()):
             compile_blocks(network)

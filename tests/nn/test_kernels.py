@@ -7,8 +7,10 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
+from ldm import random  # noqa: E402
 from ldm.backbones.unet import CrossAttentionUNet  # noqa: E402
 from ldm.nn import norm  # noqa: E402
+from ldm.nn.kernels import normal  # noqa: E402
 from ldm.nn.kernels.group_norm import backward, forward, group_norm  # noqa: E402
 from ldm.types import Conditioning  # noqa: E402
 
@@ -137,3 +139,32 @@ def test_what_does_not_fit_is_left_to_torch(x, monkeypatch):
     monkeypatch.setattr(norm, "_fused", True)
     layer = nn.GroupNorm(2, 8).to(x.dtype)
     assert torch.equal(norm.group_norm(x, layer, silu=True), F.silu(layer(x)))
+
+
+@pytest.mark.parametrize("seed", [0, 2**40 + 3, -1])
+@pytest.mark.parametrize("shape", [(), (3,), (4, 8, 8), (1027,)])
+def test_keyed_noise_has_the_bits_of_torchs_operations(seed, shape):
+    n = torch.tensor([0, 5, 123_456_789_012, 2**62], device=DEVICE)
+    expected = random.plain_normal(seed, n, "noise", shape)
+    assert torch.equal(normal.launch(seed, n, "noise", shape), expected)
+    assert torch.equal(normal.keyed_normal(seed, n, "noise", shape), expected)
+
+
+@pytest.mark.parametrize("broken", ["other bits", "no compiler"])
+def test_a_device_whose_kernel_gives_other_bits_keeps_torchs_operations(broken, monkeypatch, caplog):
+    def launch(seed, n, purpose, shape):
+        if broken == "no compiler":
+            raise RuntimeError("no ptxas")
+        return torch.zeros(len(n), *shape, device=n.device)
+
+    monkeypatch.setattr(normal, "launch", launch)
+    normal.agrees.cache_clear()
+    n = torch.arange(2, device=DEVICE)
+    try:
+        for _ in range(2):
+            found = normal.keyed_normal(1, n, "noise", (8,))
+            assert torch.equal(found, random.plain_normal(1, n, "noise", (8,)))
+    finally:
+        normal.agrees.cache_clear()
+    assert len(caplog.records) == 1
+    assert ("no ptxas" if broken == "no compiler" else "other bits") in caplog.text

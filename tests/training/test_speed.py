@@ -54,3 +54,17 @@ def test_the_fused_norm_trains_alike(stage, recipe, monkeypatch, tmp_path):
     count = len(losses(tmp_path / "fused"))
     assert losses(tmp_path / "fused")[:1] == pytest.approx(losses(tmp_path / "plain")[:1], rel=1e-5)
     assert count
+
+
+def test_fused_noise_is_the_same_noise(recipe, monkeypatch, tmp_path):
+    from ldm import random
+    from ldm.nn.kernels import normal as kernels
+
+    short = "trainer.max_steps=2"
+    assert train.command(recipe(2, "plain", short)) == 0
+    used, original = [], kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda *a: used.append(a) or original(*a))
+    assert train.command(recipe(2, "fused", short, "speed.fused_noise=true")) == 0
+    assert used
+    assert random._fused is None, "it is of one run"
+    assert losses(tmp_path / "fused") == losses(tmp_path / "plain")
