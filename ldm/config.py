@@ -124,6 +124,7 @@ def _check_option(override: Override, groups: Mapping[str, list[str]]) -> None:
 
 def _composed(folder: Path, name: str, overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
+    OmegaConf.register_new_resolver("gpu", _gpu, replace=True)
     try:
         with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
             return hydra_compose(config_name=name, overrides=overrides)
@@ -131,6 +132,13 @@ def _composed(folder: Path, name: str, overrides: list[str]) -> DictConfig:
         raise _unresolved(error) from None
     except (HydraException, yaml.YAMLError) as error:
         raise _refused(error, name) from None
+
+
+def _gpu(there: Any, absent: Any) -> Any:
+    """${gpu:a,b}: a where this machine has a GPU for torch, else b."""
+    import torch  # late: most configs do not ask, and it takes seconds
+
+    return there if torch.cuda.is_available() else absent
 
 
 def _refused(error: Exception, name: str) -> InputError:

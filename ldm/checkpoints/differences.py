@@ -58,8 +58,15 @@ MAY_CHANGE_ON_RESUME = (  # dotted prefixes: what decides where and how fast, ne
 )
 
 
+def is_measured(config: Mapping[str, Any]) -> bool:
+    """Whether the config is a benchmark's: of such a run nothing is kept that another config would spoil."""
+    return (config.get("callbacks") or {}).get("benchmark") is not None
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) of all that differs and may not change between a run and its resumption."""
+    if is_measured(old) or is_measured(new):
+        return []
     a, b = (dict(_flat(values)) for values in (old, new))
     found = []
     for key in [*a, *(key for key in b if key not in a)]:

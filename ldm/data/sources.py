@@ -6,14 +6,34 @@ Packing a large folder takes hours: run `ldm data pack` once instead, and train 
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.emoji import EmojiSet
-from ldm.data.pack import listing, made_once, pack
+from ldm.data.pack import ShardWriter, listing, made_once, pack
 from ldm.errors import InputError
+
+WORDS = (
+    "a",
+    "large",
+    "small",
+    "red",
+    "blue",
+    "house",
+    "tree",
+    "river",
+    "and",
+    "under",
+    "clouds",
+    "at",
+    "night",
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +68,50 @@ class EmojiDataModule(ShardDataModule):
                 [str(p) for p in held_out],
             )
         super().setup(stage)
+
+
+class SyntheticDataModule(ShardDataModule):
+    """Smooth random pictures as JPEG, with captions, as training shards: the same for the same arguments."""
+
+    def __init__(
+        self, cache_dir: str, num_samples: int = 1024, image_size: int = 256, seed: int = 0, **options: Any
+    ) -> None:
+        if num_samples < 1:
+            raise InputError(f"data.num_samples={num_samples}", "expected 1 or more")
+        self.folder = Path(cache_dir) / f"synthetic-{image_size}-{num_samples}-{seed}"
+        self.num_samples, self.image_size, self.drawn_from = num_samples, image_size, seed
+        super().__init__(shards=[], image_size=image_size, seed=seed, **options)
+
+    def known_size(self) -> int:
+        """Known from the settings, packed or not."""
+        return min(self.num_samples, self.sets.limit or self.num_samples)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Draw and pack if need be, then index; the first process to finish wins."""
+        if not self.sets.shards:
+            out = made_once(self.folder, self._draw)
+            self.sets.shards = [str(path) for path in sorted(out.glob("*.tar"))]
+        super().setup(stage)
+
+    def _draw(self, out: Path) -> None:
+        log.info("drawing %d pictures into %s", self.num_samples, self.folder)
+        generator = np.random.default_rng(self.drawn_from)
+        with ShardWriter(out, samples_per_shard=256) as writer:
+            for _ in range(self.num_samples):
+                sides = np.exp(generator.uniform(0, np.log(2.5), 2)) * self.image_size
+                coarse = generator.integers(0, 256, (9, 9, 3), dtype=np.uint8)
+                picture = Image.fromarray(coarse).resize(
+                    (int(sides[0]), int(sides[1])), Image.Resampling.BICUBIC
+                )
+                data = io.BytesIO()
+                picture.save(data, "JPEG", quality=90)
+                words = generator.choice(WORDS, generator.integers(8, 13))
+                writer.write(
+                    data.getvalue(),
+                    "jpg",
+                    " ".join(words),
+                    {"width": picture.width, "height": picture.height},
+                )
 
 
 class FolderDataModule(ShardDataModule):

@@ -116,10 +116,20 @@ def build_callbacks(
         Loggers(loggers, metrics, run, stage, plain(cfg)),
         build(section["snapshots"], folder=stage.folder / FOLDER),
         ProgressBar(stage.name or "training", metrics),
+        *benchmarks(section, stage, metrics, cfg),
         guard,
         checkpoints,
     ]
     return callbacks, metrics, checkpoints
+
+
+def benchmarks(
+    section: Mapping[str, Any], stage: Stage, metrics: MetricsLog, cfg: Mapping[str, Any]
+) -> list[pl.Callback]:
+    """What ends a run that is only measured."""
+    if section.get("benchmark") is None:
+        return []
+    return [build(section["benchmark"], metrics=metrics, path=stage.folder / "bench.json", cfg=plain(cfg))]
 
 
 def guards(

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoints import native
+from ldm.checkpoints.differences import is_measured
 from ldm.checkpoints.lazy import LazyTensor
 from ldm.checkpoints.model import NETWORKS, Asked, Model
 from ldm.checkpoints.networks import network_entry, network_path, open_network, store_network
@@ -52,6 +53,9 @@ class Kept:
 
 def opened(cfg: Any, newest: Path | None, stage: str = "") -> dict[str, Model]:
     """The checkpoints that the config names, by option; none for a run that is resumed."""
+    if newest is not None and is_measured(cfg):
+        what = f"has a checkpoint, {newest.name}, and a benchmark is no part of a run"
+        raise InputError(f"run_name={cfg.run_name}", what, "choose another run_name")
     if newest is not None:
         return {}
     options = {"init_from": stage or None} | {f"{name}_from": None for name in NETWORKS}
@@ -97,7 +101,8 @@ def fill(
     """Give the module's networks the weights that the run starts with, or is resumed with from `newest`.
 
     `sources` are those of `opened`. Returns the frozen ones that did not bring theirs, by name. Raises
-    InputError for what does not fit, and for a frozen network that nothing brings weights of.
+    InputError for what does not fit, and for a frozen network that nothing brings weights of, unless the run
+    is only measured.
     """
     if any(
         getattr(part, "draws_only", False)
@@ -113,7 +118,7 @@ def fill(
     for name, network, frozen in _networks(module):
         own = sources.get(f"{name}_from")
         found = own or (init if init is not None and (init.of(name) or not frozen) else None)
-        empty = _unfilled(network) or (frozen and name == "autoencoder")
+        empty = not is_measured(cfg) and (_unfilled(network) or (frozen and name == "autoencoder"))
         if found is not None:
             if frozen and name == "autoencoder":
                 _require_measured(found)

@@ -238,6 +238,13 @@ class Checkpoints(StepCallback):
         log.info("resumed from %s: step %s", path, state["step"])
 
 
+class NoCheckpoints(Checkpoints):
+    """Writes none: for a run that is measured and not kept."""
+
+    def on_step(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> None:
+        """Nothing."""
+
+
 def read(path: Path, name: str) -> dict[str, LazyTensor]:
     """The tensors of a file of a checkpoint, or of its ranks' files; raises InputError if there are none."""
     if not files_of(path, name):

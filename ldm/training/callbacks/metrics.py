@@ -47,6 +47,7 @@ class MetricsLog(StepCallback):
         super().__init__(every)
         self.path, self.norms = path, norms
         self.latest: dict[str, float] = {}
+        self.closing = ""  # what another callback has to say in the place of `summary`
         self.history: dict[int, dict[str, float]] = {}  # rows of the processes before this one, by step
         self._row: dict[str, float] = {}
         self._pictures: list[Picture] = []
@@ -113,6 +114,8 @@ class MetricsLog(StepCallback):
 
     def summary(self) -> str:
         """The newest validation figure in a few words, else the newest loss."""
+        if self.closing:
+            return self.closing
         latest = self.latest or {name: float(value) for _, name, value in self._read()}
         shown = {
             "validation/psnr": "PSNR {:.1f} dB",
