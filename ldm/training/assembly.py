@@ -16,6 +16,8 @@ from ldm.checkpoints.posthoc import FOLDER
 from ldm.checkpoints.run import RunDirectory, Stage
 from ldm.config import build, compose, plain, to_yaml
 from ldm.errors import InputError
+from ldm.nn.attention import use_fused_qkv
+from ldm.nn.attention_choice import NAMES, use_attention
 from ldm.nn.compiling import compile_blocks
 from ldm.nn.norm import use_fused
 from ldm.training import launch, loop, strategies
@@ -143,14 +145,24 @@ def flags_restored() -> Iterator[None]:
         torch.set_deterministic_debug_mode(mode)
         torch.backends.cudnn.benchmark = benchmark
         use_fused(False)
+        use_fused_qkv(False)
+        use_attention("default")
         for name, value in before.items():
             os.environ.pop(name, None)
             os.environ |= {} if value is None else {name: value}
 
 
-def quicken(section: Mapping[str, Any], module: TrainingModule) -> None:
+def quicken(section: Mapping[str, Any], module: TrainingModule, deterministic: bool = False) -> None:
     """Do what the config's `speed` asks for: names, parameters and checkpoints stay."""
+    attention = section.get("attention") or "default"
+    if attention not in NAMES:
+        raise InputError("speed.attention", f"{attention} is none of {', '.join(NAMES)}", "auto is fastest")
+    if attention == "auto" and deterministic:
+        what = "auto chooses by the clock, and deterministic=true asks for the same bits on every run"
+        raise InputError("speed.attention", what, "name one: speed.attention=flash")
     use_fused(bool(section.get("fused_norm")))
+    use_fused_qkv(bool(section.get("fused_qkv")))
+    use_attention(attention)
     if section.get("compile"):
         for network in (module, *module.frozen.values()):
             compile_blocks(network)
@@ -184,7 +196,7 @@ def build_trainer(
         )
     loop.install(trainer)
     strategies.check(trainer, module)
-    quicken(cfg.get("speed") or {}, module)
+    quicken(cfg.get("speed") or {}, module, bool(cfg.get("deterministic")))
     datamodule.check_batch(trainer.num_devices * trainer.num_nodes, trainer.accumulate_grad_batches)
     launch.note_run(cfg["run_dir"])
     return trainer
