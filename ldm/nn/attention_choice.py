@@ -93,7 +93,9 @@ class Chooser:
         if key not in self.known:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 return "default"  # a graph would keep the trials; known shapes are as ever
-            found = {name: self.measure(shape, name) for name in self.names if _worth(shape, name, self.names)}
+            found = {
+                name: self.measure(shape, name) for name in self.names if _worth(shape, name, self.names)
+            }
             seconds = {name: value for name, value in found.items() if value is not None}
             self.known[key] = fastest(seconds)
             times = {name: round(1e3 * value, 4) for name, value in seconds.items() if math.isfinite(value)}
