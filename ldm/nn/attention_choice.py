@@ -1,8 +1,8 @@
-"""Which kernel computes an attention: on a GPU the one that is fastest at its shape, found by trying each once.
+"""Which kernel computes an attention: on a GPU the one that is fastest at its shape, found by trying each.
 
-torch has four: flash, cuDNN's, a memory-efficient one, and plain products. Which is fastest depends on shape,
-GPU and versions (cuDNN's is up to twice as fast as flash on an H100 and slower on an A100), so it is measured
-at the first meeting of a shape, on random numbers laid out in memory as the real ones are. Under
+torch has four: flash, cuDNN's, a memory-efficient one, and plain products. Which is fastest depends on the
+shape, the GPU and versions (cuDNN's is up to twice as fast as flash on an H100, and slower on an A100), so
+each is timed when a shape is first met, on random numbers laid out in memory as the real ones are. Under
 `torch.compile` that is while Dynamo traces, which takes the answer for a constant. What was found is kept in
 a file, by GPU, versions and shape. On a CPU nothing is chosen.
 

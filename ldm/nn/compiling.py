@@ -14,6 +14,14 @@ CHOICES = ("torch.nn.attention._backend_from_string", "torch.nn.attention._sdpa_
 SHAPES = 256  # of one kind of block; a U-Net of SD's kind has about 20 of each
 
 
+def cache_folder() -> str | None:
+    """Where torch keeps compiled code for later processes; None if it is told not to."""
+    from torch._inductor import config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir() if config.fx_graph_cache else None
+
+
 def compile_blocks(network: nn.Module) -> int:
     """Compile each block of `network`, for the shapes it meets; blocks of equal shapes share the code.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -18,7 +19,7 @@ from ldm.config import build, compose, plain, to_yaml
 from ldm.errors import InputError
 from ldm.nn.attention import use_fused_qkv
 from ldm.nn.attention_choice import NAMES, use_attention
-from ldm.nn.compiling import compile_blocks
+from ldm.nn.compiling import cache_folder, compile_blocks
 from ldm.nn.norm import use_fused
 from ldm.training import launch, loop, strategies
 from ldm.training.callbacks.checkpoint import Checkpoints
@@ -31,6 +32,8 @@ from ldm.training.callbacks.throughput import Throughput
 from ldm.training.children import LAUNCHER, tie
 from ldm.training.module import TrainingModule
 from ldm.training.optim import freeze, parameter_rules
+
+log = logging.getLogger(__name__)
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # set by Lightning before CUDA starts: cuBLAS sums in a fixed order
 NETWORKS = ("autoencoder", "conditioner", "backbone", "noise_scheduler", "discriminator", "perceptual")
@@ -164,8 +167,10 @@ def quicken(section: Mapping[str, Any], module: TrainingModule, deterministic: b
     use_fused_qkv(bool(section.get("fused_qkv")))
     use_attention(attention)
     if section.get("compile"):
-        for network in (module, *module.frozen.values()):
-            compile_blocks(network)
+        count = sum(map(compile_blocks, (module, *module.frozen.values())))
+        folder = cache_folder()
+        kept = f"kept in {folder} (TORCHINDUCTOR_CACHE_DIR)" if folder else "not kept"
+        log.info("speed.compile: %d blocks, compiled when first used; their code is %s", count, kept)
 
 
 def build_trainer(

@@ -139,7 +139,7 @@ def test_only_steps_that_log_wait_for_the_device(name, recipe, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", STAGES)
 def test_on_a_gpu_torch_sees_no_wait_either(name, recipe, monkeypatch):
-    """`set_sync_debug_mode` raises where torch itself would wait, in all steps but the first and those that log."""
+    """`set_sync_debug_mode` raises where torch would wait, in all steps but the first and those that log."""
     stage, overrides = STAGES[name]
     argv = recipe(stage, "run", *SELDOM, *overrides, "trainer.accelerator=gpu", "trainer.devices=1")
     advance, seen = StepLoop.advance, []

@@ -1,4 +1,4 @@
-"""Channels last from end to end: which operations of a step change the order of pixels and channels in memory."""
+"""Channels last from end to end: which operations of a step change the order of channels in memory."""
 
 import pytest
 import torch
