@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ldm.nn import attention as attention_module
 from ldm.nn import attention_choice
-from ldm.nn.attention import Attention
+from ldm.nn.attention import Attention, Transformer2D
 from ldm.nn.attention_choice import Chooser, Shape, attention, fastest, seconds_of, use_attention
 
 SHAPE = Shape(2, 3, 16, 5, 8, 24, 24, torch.bfloat16, masked=False, grad=True)
@@ -217,6 +218,32 @@ def test_the_chosen_kernel_runs_eager_and_compiled(name, chooses):
     assert len(seen) == 1
     assert torch.backends.cuda.flash_sdp_enabled(), "flags are as before"
     assert torch.backends.cuda.math_sdp_enabled()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_a_compiled_transformer_with_all_options_is_the_transformer(recompute, chooses, monkeypatch):
+    torch.manual_seed(0)
+    net = Transformer2D(16, 1, 2, context_dim=6, norm_groups=4)
+    torch.nn.init.normal_(net.proj_out.weight)
+    x = torch.randn(2, 16, 3, 5).to(memory_format=torch.channels_last).requires_grad_()
+    context = torch.randn(2, 4, 6)
+
+    def results():
+        out = net(x, context, None, recompute)
+        return [out, *torch.autograd.grad(out.square().sum(), [x, *net.parameters()])]
+
+    expected = results()
+    monkeypatch.setattr(attention_module, "_fused_qkv", True)
+    chooses(chooser := Chooser(["math"], seconds_of_cpu))
+    net.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    for found in (results(), results()):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    rows = [(15, 15, 48, 48), (15, 4, 16, 32)]
+    assert list(chooser.known) == [
+        str(Shape(2, 2, queries, keys, 8, *row, torch.float32, masked=False, grad=True))
+        for queries, keys, *row in rows
+    ]
 
 
 def seconds_of_cpu(shape, name):
