@@ -203,7 +203,8 @@ def seconds_of(
 
 # ---- what the networks call ----------------------------------------------------------------------------
 
-_chooser: Chooser | None = None
+_name = "default"
+_chooser: Chooser | None = None  # made at the first shape: a process must not touch other GPUs than its own
 
 
 def use_attention(name: str) -> None:
@@ -211,17 +212,12 @@ def use_attention(name: str) -> None:
 
     "default": torch's own choice. ValueError for other names than `NAMES`.
     """
-    global _chooser
+    global _name, _chooser
     if name not in NAMES:
         raise ValueError(f"attention={name} is none of {', '.join(NAMES)}")
-    if name == "default":
-        _chooser = None
-        return
-    torch.compiler.assume_constant_result(chosen)
-    if name != "auto":
-        _chooser = Chooser([name], seconds_of)
-    else:
-        _chooser = Chooser(list(KERNELS), seconds_of, cache_file(), about_device())
+    _name, _chooser = name, None
+    if name != "default":
+        torch.compiler.assume_constant_result(chosen)
 
 
 def cache_file() -> Path | None:
@@ -241,7 +237,12 @@ def about_device() -> str:
 
 def chosen(*shape: Any) -> str:
     """The kernel for a `Shape`. Dynamo calls it while it traces and keeps what it says."""
-    return "default" if _chooser is None else _chooser(Shape(*shape))
+    global _chooser
+    if _chooser is None and _name == "auto":
+        _chooser = Chooser(list(KERNELS), seconds_of, cache_file(), about_device())
+    elif _chooser is None:
+        _chooser = Chooser([_name], seconds_of)
+    return _chooser(Shape(*shape))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -249,7 +250,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
     `mask` broadcasts to [b h l l'].
     """
-    if _chooser is None or q.device.type not in DEVICES:
+    if _name == "default" or q.device.type not in DEVICES:
         return F.scaled_dot_product_attention(q, k, v, mask)
     batch, heads, queries, width = q.shape
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)

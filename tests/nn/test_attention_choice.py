@@ -34,6 +34,7 @@ def chooses(monkeypatch):
 
     def use(chooser):
         torch.compiler.assume_constant_result(attention_choice.chosen)
+        monkeypatch.setattr(attention_choice, "_name", "auto")
         monkeypatch.setattr(attention_choice, "_chooser", chooser)
         monkeypatch.setattr(attention_choice, "DEVICES", ("cpu",))
 
@@ -252,16 +253,19 @@ def seconds_of_cpu(shape, name):
 
 def test_without_a_gpu_nothing_is_chosen(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(attention_choice, "seconds_of", None)
     use_attention("auto")
     try:
         q = torch.randn(2, 3, 6, 8)
         assert torch.equal(attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
-        assert attention_choice._chooser.known == {}
+        assert attention_choice._chooser is None
+        monkeypatch.setattr(attention_choice, "seconds_of", Timer(TIMES))
+        assert attention_choice.chosen(*SHAPE) == "cudnn"
         assert attention_choice._chooser.file == tmp_path / "ldm" / "attention.json"
+        use_attention("efficient")
+        assert attention_choice.chosen(*SHAPE) == "default", "it cannot"
+        assert attention_choice._chooser.file is None
     finally:
         use_attention("default")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.gpu

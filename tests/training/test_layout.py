@@ -1,5 +1,7 @@
 """Channels last from end to end: which operations of a step change the order of channels in memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from ldm.backbones.unet import CrossAttentionUNet
 from ldm.nn import attention, norm
 from ldm.training.autoencoder_module import AutoencoderModule
 from ldm.types import Batch, Conditioning
+from tests.training.test_adversarial import adversarial
 from tests.training.test_modules import diffusion
 
 COPIES = ("aten.clone", "aten._to_copy", "aten.copy_")
@@ -29,7 +32,7 @@ def is_first(x):
 
 class Conversions(TorchDispatchMode):
     """Operations that copy a tensor of 3 or 4 dimensions into another order, or that are given channels last
-    and give channels first. Views change nothing in memory.
+    and give channels first; and our kernels where they are given channels first. Views change nothing.
     """
 
     def __init__(self):
@@ -48,6 +51,7 @@ class Conversions(TorchDispatchMode):
             change = not same
         else:
             change = any(map(is_last, given)) and any(map(is_first, new))
+            change = change or (str(operation).startswith("ldm.") and any(map(is_first, given)))
         if change:
             self.found.append(f"{operation} {list(made[0].shape)}")
         return out
@@ -128,6 +132,16 @@ def test_a_unet_has_none(linear_projection, fused_qkv, precision, monkeypatch):
     assert through(lambda x: net(x, torch.tensor([1.0, 2.0]), told), x, precision) == []
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs in Triton's interpreter")
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+def test_a_unet_with_our_norm_has_none(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(norm, "_fused", True)
+    net, told = unet(), Conditioning(context=torch.randn(2, 5, 12))
+    x = last(torch.randn(2, 4, 8, 8))
+    assert through(lambda x: net(x, torch.tensor([1.0, 2.0]), told), x, "bf16") == []
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_autoencoder_has_none(precision):
     net = ready(AutoencoderKL(block_out_channels=(16, 32), norm_groups=4))
@@ -164,6 +178,14 @@ def test_a_step_of_latent_diffusion_has_that_of_its_bytes(networks):
     found = conversions(lambda: module.training_step(pictures(), 0).backward())
     assert [each for each in found if "12" not in each] == [BYTES], "12 tokens are the text tower's"
     assert is_last(given[0])
+
+
+def test_a_step_with_a_discriminator_has_no_more(networks):
+    module = adversarial(ready(networks()[0])).to(memory_format=torch.channels_last)
+    module.trainer = SimpleNamespace(global_step=0, accumulate_grad_batches=1)
+    found = conversions(lambda: module.training_step(pictures(), 0).backward())
+    weights = "aten.clone.default [2, 3, 8, 3, 3]"  # the last layer's gradients, whose norms are compared
+    assert found == [BYTES, weights, "aten.add.Tensor [2, 4, 4, 4]"]
 
 
 @pytest.mark.gpu
