@@ -80,7 +80,7 @@ def test_one_product_for_queries_keys_and_values_trains_alike(stage, recipe, mon
     assert found
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_a_run_chooses_its_kernels_of_attention_once(compiled, recipe, monkeypatch, tmp_path):
     """As on a GPU, with the two kernels that a CPU has."""
