@@ -57,6 +57,10 @@ def _arrays(n: Tensor) -> tuple[Any, Any]:
     return numpy, n.numpy()
 
 
+def _tensor(xp: Any, array: Any) -> Tensor:
+    return array if xp is torch else torch.from_numpy(array)
+
+
 def _words(xp: Any, n: Any, seed: int, purpose: str, count: int) -> Any:
     """What `keyed_bits` gives, as an array of the module `xp`."""
     blocks = -(-count // 4)
@@ -70,7 +74,8 @@ def _words(xp: Any, n: Any, seed: int, purpose: str, count: int) -> Any:
 
 def keyed_bits(seed: int, n: Tensor, purpose: str, count: int) -> Tensor:
     """Random words, int64 in [0, 2^32), [b, count]; row i depends on (seed, n[i], purpose) alone."""
-    return torch.as_tensor(_words(*_arrays(n), seed, purpose, count))
+    xp, n = _arrays(n)
+    return _tensor(xp, _words(xp, n, seed, purpose, count))
 
 
 def keyed_word(seed: int, n: int, purpose: str) -> int:
@@ -104,7 +109,7 @@ def plain_normal(seed: int, n: Tensor, purpose: str, shape: Sequence[int] = ()) 
     radius = xp.sqrt(-2.0 * _log(xp, (bits[:, :half] + 0.5) * 2.0**-32))
     cos, sin = _cos_sin_turn(xp, bits[:, half:] * 2.0**-32)
     normal = xp.concatenate([radius * cos, radius * sin], 1)[:, :count]
-    return torch.as_tensor(xp.asarray(normal, dtype=xp.float32)).reshape(len(n), *shape)
+    return _tensor(xp, xp.asarray(normal, dtype=xp.float32)).reshape(len(n), *shape)
 
 
 def _polynomial(xp: Any, x: Any, coefficients: Sequence[float]) -> Any:

@@ -27,6 +27,7 @@ PARTS: dict[str, tuple[str, Callable[[], Rows]]] = {
     "G2": ("SD 2 at 256 px", partial(step.sweep, "sd2", 32, (64, 128, 192))),
     "G4": ("optimizer, clipping and EMA of 860 M parameters", parts.optimizer),
     "G5": ("group norm with SiLU, bf16, batch 32", parts.group_norms),
+    "G5A": ("attention by each kernel, bf16, batch 16", parts.attentions),
     "G6": ("small batches, where the host decides", partial(step.host_bound, "sd2")),
     "G7": ("start: building, and the first step", parts.start),
     "G8": ("the largest batch at 512 px", partial(step.largest, "sd2")),

@@ -1,5 +1,5 @@
-"""Pieces of a step and of sampling on their own: optimizer (G4), group norm (G5), start (G7), encoder (G9),
-sampling (G11), a steady run (G13)."""
+"""Pieces of a step and of sampling on their own: optimizer (G4), group norm (G5), attention (G5A),
+start (G7), encoder (G9), sampling (G11), a steady run (G13)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from benchmarks.gpu import device, step
 from benchmarks.gpu.device import DEVICE, TOY
 from ldm.nn import norm
+from ldm.nn.attention_choice import KERNELS, Shape, seconds_of
 from ldm.types import Conditioning, GridRow
 
 
@@ -96,6 +97,28 @@ def group_norms() -> Iterator[dict[str, Any]]:
             row = {"setting": name, "channels": channels, "side": side, "mb": x.numel() * 2 / 1e6}
             row |= {"forward_s": forward, "forward_tb_per_s": moved / forward / 1e12}
             yield row | {"forward_and_backward_s": whole}
+
+
+ATTENTIONS = (  # heads, queries, keys, width of a head
+    (5, 4096, 4096, 64),
+    (10, 1024, 1024, 64),
+    (20, 256, 256, 64),
+    (20, 64, 64, 64),
+    (8, 4096, 4096, 40),
+    (5, 4096, 77, 64),
+    (20, 256, 77, 64),
+)
+
+
+def attentions() -> Iterator[dict[str, Any]]:
+    """G5A: each kernel of attention at shapes of SD 2 and (width 40) SD 1, batch 16, bf16, both passes."""
+    for heads, queries, keys, width in ATTENTIONS[:1] if TOY else ATTENTIONS:
+        count, queries, keys = (1, 8, 8) if TOY else (16, queries, keys)
+        row = heads * width
+        shape = Shape(count, heads, queries, keys, width, row, row, torch.bfloat16, masked=False, grad=True)
+        found = {name: seconds_of(shape, name, DEVICE.type) for name in KERNELS if name != "math"}
+        times = {f"{name}_ms": 1e3 * value for name, value in found.items() if value is not None}
+        yield {"setting": str(shape), **times}
 
 
 def start() -> Iterator[dict[str, Any]]:

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from benchmarks.gpu import device
 from benchmarks.gpu.device import DEVICE, TOY
+from ldm.nn.attention import use_fused_qkv
+from ldm.nn.attention_choice import use_attention
 from ldm.nn.compiling import compile_blocks
 from ldm.nn.norm import use_fused
 from ldm.types import Conditioning
@@ -32,6 +34,8 @@ class Setting:
     last: bool = False  # channels last
     fused: bool = False  # our kernel of group norm
     compiled: bool = False
+    joint: bool = False  # queries, keys and values by one product
+    attention: str = "default"  # see ldm.nn.attention_choice
     average: bool = True  # EMA
     graph: bool = False  # the whole step as one CUDA graph
 
@@ -41,7 +45,10 @@ LAST = Setting("+ channels last", last=True)
 FUSED = Setting("+ fused group norm", last=True, fused=True)
 BEST = Setting("+ compiled blocks", last=True, fused=True, compiled=True)
 COMPILED = Setting("compiled blocks, torch's group norm", last=True, compiled=True)
-ABLATION = (EAGER, LAST, FUSED, BEST, COMPILED, replace(BEST, name="without EMA", average=False))
+JOINT = replace(BEST, name="with one product for q, k and v", joint=True)
+CHOSEN = replace(BEST, name="with attention chosen by shape", attention="auto")
+PLAIN = replace(BEST, name="without EMA", average=False)
+ABLATION = (EAGER, LAST, FUSED, BEST, COMPILED, JOINT, CHOSEN, PLAIN)
 PEERS = (
     Setting("diffusers, eager", peer=True),
     Setting("diffusers, eager, channels last", peer=True, last=True),
@@ -54,6 +61,8 @@ class Training:
 
     def __init__(self, name: str, setting: Setting, batch: dict[str, Tensor]) -> None:
         self.setting, self.batch = setting, batch
+        use_attention(setting.attention)
+        use_fused_qkv(setting.joint)
         self.net = device.peer_unet(name) if setting.peer else device.unet(name)
         form = torch.channels_last if setting.last else torch.contiguous_format
         self.net.to(memory_format=form)  # type: ignore[call-overload]
@@ -122,6 +131,8 @@ def measured(name: str, setting: Setting, count: int, side: int, turns: int, eac
         return {"setting": setting.name, "batch": count, "failed": "out of memory"}
     finally:
         use_fused(False)
+        use_fused_qkv(False)
+        use_attention("default")
         training = None  # type: ignore[assignment]
         device.release()
     rate = count / timing.median

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.nn.norm import GroupNorm
+
 SLOPE = 0.2  # of the leaky ReLU
 INIT_STD = 0.02  # of the convolutions' weights
 WIDEST = 8  # times `width`
@@ -35,7 +37,7 @@ class PatchDiscriminator(nn.Module):
         for i in range(layers):
             stride = 2 if i < layers - 1 else 1
             conv = nn.Conv2d(widths[i], widths[i + 1], 4, stride=stride, padding=1, bias=False)
-            parts += [conv, nn.GroupNorm(norm_groups, widths[i + 1]), nn.LeakyReLU(SLOPE)]
+            parts += [conv, GroupNorm(norm_groups, widths[i + 1]), nn.LeakyReLU(SLOPE)]
         self.layers = nn.Sequential(*parts, nn.Conv2d(widths[-1], 1, 4, padding=1))
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):

@@ -24,7 +24,7 @@ def posterior(moments: Tensor) -> tuple[Tensor, Tensor]:
 def kl(moments: Tensor) -> Tensor:
     """KL(N(mean, variance) || N(0, 1)) in nats, summed over c h w: [b 2c h w] -> [b]."""
     mean, log_variance = posterior(moments)
-    return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).flatten(1).sum(dim=1)
+    return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum((1, 2, 3))
 
 
 class AutoencoderKL(ConvAutoencoder):

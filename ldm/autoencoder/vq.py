@@ -66,7 +66,7 @@ class VectorQuantizer(nn.Module):
         indices = self.indices(z)
         codes = self.codes(indices)
         exact = z.to(torch.promote_types(z.dtype, torch.float32))
-        commitment = (codes.detach() - exact).square().flatten(1).mean(1)
+        commitment = _mean((codes.detach() - exact).square())
         terms = {"codebook": self.loss(codes, exact.detach(), commitment)}
         terms |= usage_terms(indices.flatten(), self.num_codes, len(z))
         if self.training and torch.is_grad_enabled():
@@ -80,7 +80,7 @@ class VectorQuantizer(nn.Module):
 
     def loss(self, codes: Tensor, z: Tensor, commitment: Tensor) -> Tensor:
         """The term of the codebook [b], given that of the commitment [b]."""
-        return (codes - z).square().flatten(1).mean(1) + self.beta * commitment
+        return _mean((codes - z).square()) + self.beta * commitment
 
     def indices(self, z: Tensor) -> Tensor:
         """[b c h w] -> int64 [b h w]."""
@@ -188,6 +188,11 @@ class AutoencoderVQ(ConvAutoencoder):
     def decode(self, latents: Tensor) -> Tensor:
         """[b c h w] -> [b 3 H W], about [-1, 1] but not clamped, from the codes nearest to the latents."""
         return self._decode(self.quantize.codes(self.quantize.indices(self._unscaled(latents))))
+
+
+def _mean(x: Tensor) -> Tensor:
+    """[b c h w] -> [b], without the copies of `mean` of a flat tensor."""
+    return x.sum((1, 2, 3)) / x[0].numel()
 
 
 def _start_means(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

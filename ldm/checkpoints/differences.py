@@ -40,6 +40,7 @@ MAY_CHANGE_ON_RESUME = (  # dotted prefixes: what decides where and how fast, ne
     "data.budget",
     "backbone.gradient_checkpointing",
     "optimizer.fused",
+    "module.discriminator_optimizer.fused",
     "deterministic",
     "speed",
     "summary",

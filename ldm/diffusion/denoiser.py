@@ -145,7 +145,9 @@ class Denoiser:
         a, b = self.noise_scheduler.pair(alpha, sigma)
         noisy_latents = alpha * latents + sigma * noise
         output = self._output(noisy_latents, sigma, self.noise_scheduler.model_time(t), conditioning)
-        return (output - (a * latents + b * noise)).square().flatten(1).mean(1)
+        error = output - (a * latents + b * noise)
+        total = error.square().sum(tuple(range(1, error.ndim)))  # flattening channels last would be a copy
+        return total / error[0].numel()
 
     def weight(self, t: Tensor) -> Tensor:
         """What `loss` multiplies `errors` by, [b]."""

@@ -6,9 +6,11 @@ Pixels become tokens as [b h*w c], which of a channels_last tensor is a view.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.nn.attention_choice import attention
 from ldm.nn.checkpointing import run
 from ldm.nn.norm import group_norm
 from ldm.nn.resnet import zeroed
@@ -22,6 +24,31 @@ def to_tokens(x: Tensor) -> Tensor:
 def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
     """[b h*w c] -> [b c h w], a channels_last view."""
     return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+_fused_qkv = False
+
+
+def use_fused_qkv(on: bool) -> None:
+    """Project queries, keys and values by one product from now on, or by one each: equal but for rounding."""
+    global _fused_qkv
+    _fused_qkv = on
+
+
+def _plain(layer: nn.Module) -> bool:
+    """Whether a linear layer is all that calling it would be: no adapter around it, no hook on it."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is nn.Linear and not any(hooks) and "forward" not in layer.__dict__
+
+
+def _project(x: Tensor, layers: list[nn.Linear]) -> list[Tensor]:
+    """[b l d] -> [b l c] of each layer, views of one product.
+
+    Its price is a copy of the weights; under autocast it is the copy that is made anyway, if compiled.
+    """
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    joint = F.linear(x, torch.cat([layer.weight for layer in layers]), bias)
+    return list(joint.split([layer.out_features for layer in layers], dim=-1))
 
 
 class Attention(nn.Module):
@@ -39,13 +66,22 @@ class Attention(nn.Module):
 
     def attend(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """[b l c] -> [b l c]; `context` [b l' d], None: x itself; `mask` bool [b l'], False: ignored."""
-        context = x if context is None else context
         q, k, v = (
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [b heads l c/heads]
-            for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
+            for projected in self.projected(x, context)
         )
-        out = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None, :])
+        out = attention(q, k, v, None if mask is None else mask[:, None, None, :])
         return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def projected(self, x: Tensor, context: Tensor | None) -> list[Tensor]:
+        """Queries [b l c], keys and values [b l' c]."""
+        layers = [self.to_q, self.to_k, self.to_v]
+        if not _fused_qkv or not all(map(_plain, layers)):
+            source = x if context is None else context
+            return [self.to_q(x), self.to_k(source), self.to_v(source)]
+        if context is None:
+            return _project(x, layers)
+        return [self.to_q(x), *_project(context, layers[1:])]
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         return self.attend(x, context, mask)

@@ -32,6 +32,13 @@ def _fits(x: Tensor) -> bool:
     return there and x.is_contiguous(memory_format=torch.channels_last)
 
 
+class GroupNorm(nn.GroupNorm):
+    """A group norm among other layers, by the kernel where it is used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm(x, self) if _fits(x) else super().forward(x)
+
+
 def group_norm(x: Tensor, norm: nn.GroupNorm, added: Tensor | None = None, silu: bool = False) -> Tensor:
     """silu(norm(x + added)) of [b c h w]; `added` [b c], None: nothing; `silu` False: without it."""
     if _fits(x):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,7 +18,9 @@ from ldm.checkpoints.posthoc import FOLDER
 from ldm.checkpoints.run import RunDirectory, Stage
 from ldm.config import build, compose, plain, to_yaml
 from ldm.errors import InputError
-from ldm.nn.compiling import compile_blocks
+from ldm.nn.attention import use_fused_qkv
+from ldm.nn.attention_choice import NAMES, use_attention
+from ldm.nn.compiling import cache_folder, compile_blocks
 from ldm.nn.norm import use_fused
 from ldm.random import use_normal
 from ldm.training import launch, loop, strategies
@@ -31,6 +34,8 @@ from ldm.training.callbacks.throughput import Throughput
 from ldm.training.children import LAUNCHER, tie
 from ldm.training.module import TrainingModule
 from ldm.training.optim import freeze, parameter_rules
+
+log = logging.getLogger(__name__)
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # set by Lightning before CUDA starts: cuBLAS sums in a fixed order
 NETWORKS = ("autoencoder", "conditioner", "backbone", "noise_scheduler", "discriminator", "perceptual")
@@ -156,21 +161,33 @@ def flags_restored() -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
         use_fused(False)
         use_normal(None)
+        use_fused_qkv(False)
+        use_attention("default")
         for name, value in before.items():
             os.environ.pop(name, None)
             os.environ |= {} if value is None else {name: value}
 
 
-def quicken(section: Mapping[str, Any], module: TrainingModule) -> None:
+def quicken(section: Mapping[str, Any], module: TrainingModule, deterministic: bool = False) -> None:
     """Do what the config's `speed` asks for: names, parameters and checkpoints stay."""
+    attention = section.get("attention") or "default"
+    if attention not in NAMES:
+        raise InputError("speed.attention", f"{attention} is none of {', '.join(NAMES)}", "auto is fastest")
+    if attention == "auto" and deterministic:
+        what = "auto chooses by the clock, and deterministic=true asks for the same bits on every run"
+        raise InputError("speed.attention", what, "name one: speed.attention=flash")
     use_fused(bool(section.get("fused_norm")))
     if section.get("fused_noise") and find_spec("triton") is not None:
         from ldm.nn.kernels.normal import keyed_normal
 
         use_normal(keyed_normal)
+    use_fused_qkv(bool(section.get("fused_qkv")))
+    use_attention(attention)
     if section.get("compile"):
-        for network in (module, *module.frozen.values()):
-            compile_blocks(network)
+        count = sum(map(compile_blocks, (module, *module.frozen.values())))
+        folder = cache_folder()
+        kept = f"kept in {folder} (TORCHINDUCTOR_CACHE_DIR)" if folder else "not kept"
+        log.info("speed.compile: %d blocks, compiled when first used; their code is %s", count, kept)
 
 
 def build_trainer(
@@ -201,7 +218,7 @@ def build_trainer(
         )
     loop.install(trainer)
     strategies.check(trainer, module)
-    quicken(cfg.get("speed") or {}, module)
+    quicken(cfg.get("speed") or {}, module, bool(cfg.get("deterministic")))
     datamodule.check_batch(trainer.num_devices * trainer.num_nodes, trainer.accumulate_grad_batches)
     launch.note_run(cfg["run_dir"])
     return trainer

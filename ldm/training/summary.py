@@ -77,9 +77,10 @@ def parameters(module: TrainingModule) -> list[str]:
 
 def memory(module: TrainingModule) -> dict[str, int]:
     """Bytes by name of what stays on a device between steps, and of a checkpoint; `module` is on meta."""
-    given = getattr(module.make_optimizer, "keywords", {})
-    if given.get("fused"):  # meta is no device for it
-        module.make_optimizer = functools.partial(module.make_optimizer, fused=False)
+    for name in ("make_optimizer", "make_discriminator_optimizer"):
+        make: Any = getattr(module, name, None)
+        if getattr(make, "keywords", {}).get("fused"):  # meta is no device for it
+            setattr(module, name, functools.partial(make, fused=False))
     optimizer = module.configure_optimizers()
     trained = [p for p in module.parameters() if p.requires_grad]
     state = _stepped(optimizer, trained)

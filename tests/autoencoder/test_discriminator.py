@@ -12,6 +12,7 @@ from ldm.autoencoder.discriminator import (
     softplus_discriminator,
     softplus_generator,
 )
+from ldm.nn import norm
 
 
 @pytest.mark.parametrize(("layers", "logits", "patch"), [(1, 62, 16), (2, 30, 34), (3, 14, 70)])
@@ -27,6 +28,20 @@ def test_each_logit_judges_a_patch(layers: int, logits: int, patch: int) -> None
     out[0, 0, logits // 2, logits // 2].backward()
     seen = images.grad[0].abs().sum(0) > 0
     assert (int(seen.any(0).sum()), int(seen.any(1).sum())) == (patch, patch)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of Triton's interpreter
+def test_its_norms_use_the_kernel(monkeypatch) -> None:
+    kernels = pytest.importorskip("ldm.nn.kernels.group_norm")
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    judge = PatchDiscriminator(width=8, layers=1, norm_groups=4).to(device, memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 16, 16, device=device).contiguous(memory_format=torch.channels_last)
+    expected, used, original = judge(images), [], kernels.group_norm
+    monkeypatch.setattr(norm, "_fused", True)
+    monkeypatch.setattr(kernels, "group_norm", lambda *a: used.append(a) or original(*a))
+    torch.testing.assert_close(judge(images), expected)
+    assert len(used) == 1
 
 
 def test_sizes_and_start_are_those_of_pix2pix() -> None:

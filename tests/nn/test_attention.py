@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ldm.nn import attention as attention_module
 from ldm.nn.attention import GEGLU, Attention, PixelAttention, Transformer2D, to_map, to_tokens
 
 
@@ -44,6 +45,74 @@ def test_self_attention() -> None:
 def test_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="12.*5"):
         Attention(12, 5)
+
+
+# ---- queries, keys and values by one product
+
+
+def products(layer: Attention, *inputs: torch.Tensor) -> tuple[list[torch.Tensor], int]:
+    """Output and gradients of parameters and inputs; and how many linear products the forward pass took."""
+    counted = 0
+
+    class Count(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal counted
+            counted += function is torch.nn.functional.linear
+            return function(*args, **(kwargs or {}))
+
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with Count():
+        out = layer(*leaves)
+    loss = (out.float() * normal(*out.shape, seed=9).float()).sum()
+    return [out, *torch.autograd.grad(loss, [*leaves, *layer.parameters()])], counted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("to_context", [False, True])
+def test_one_product_is_three(to_context: bool, bias: bool, dtype: torch.dtype, monkeypatch) -> None:
+    torch.manual_seed(0)
+    layer = Attention(64, 4, context_width=48 if to_context else None, bias=bias).to(dtype)
+    inputs = [normal(3, 40, 64).to(dtype), *([normal(3, 7, 48, seed=1).to(dtype)] if to_context else [])]
+    expected, before = products(layer, *inputs)
+    monkeypatch.setattr(attention_module, "_fused_qkv", True)
+    found, after = products(layer, *inputs)
+    assert (before, after) == (4, 3 if to_context else 2)
+    for a, e in zip(found, expected, strict=True):
+        worst = ((a - e).abs().max() / e.abs().max()).item()
+        assert a.dtype == dtype
+        assert worst < (1e-5 if dtype == torch.float32 else 2**-6), "two units in the last place of a bf16"
+
+
+def test_a_layer_with_an_adapter_or_a_hook_is_called_as_it_is(monkeypatch) -> None:
+    monkeypatch.setattr(attention_module, "_fused_qkv", True)
+    x = normal(2, 5, 12)
+
+    class LoRA(torch.nn.Module):
+        def __init__(self, base: torch.nn.Linear) -> None:
+            super().__init__()
+            self.base, self.delta = base, torch.nn.Linear(12, 12, bias=False).double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + self.delta(x)
+
+    def adapted(layer: Attention) -> None:
+        layer.to_q = LoRA(layer.to_q)
+
+    def hooked(layer: Attention) -> None:
+        layer.to_v.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+    def replaced(layer: Attention) -> None:
+        monkeypatch.setattr(layer.to_k, "forward", lambda x: 3 * x)
+
+    for change in (adapted, hooked, replaced):
+        torch.manual_seed(0)
+        layer = Attention(12, 2).double()
+        before = layer(x)
+        change(layer)
+        out = layer(x)
+        torch.testing.assert_close(out, by_hand(layer, x, x, None))
+        assert not torch.allclose(out, before)
 
 
 def test_pixel_attention_adds_to_its_input() -> None:

@@ -1,6 +1,8 @@
 """What `speed` in the config switches on: the same training, by other means."""
 
 import csv
+import json
+import re
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ def losses(folder):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")  # of the compiler
-def test_compiled_blocks_train_alike_and_are_compiled_once(backend, recipe, monkeypatch, tmp_path):
+def test_compiled_blocks_train_alike_and_are_compiled_once(backend, recipe, monkeypatch, caplog, tmp_path):
+    caplog.set_level("INFO", "ldm.training.assembly")
     monkeypatch.setattr(compiling, "BACKEND", backend)
     monkeypatch.setattr("torch._dynamo.config.recompile_limit", 8)
     monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", False)
@@ -26,15 +29,19 @@ def test_compiled_blocks_train_alike_and_are_compiled_once(backend, recipe, monk
     counters.clear()
     assert train.command(recipe(2, "plain")) == 0
     assert not counters["stats"]
-    graphs = []
+    traced = []  # by now, after each step
     monkeypatch.setattr(
         "ldm.training.module.TrainingModule.on_train_batch_end",
-        lambda self, *a: graphs.append(counters["stats"]["unique_graphs"]),
+        lambda self, *a: traced.append((counters["stats"]["unique_graphs"], counters["frames"]["total"])),
     )
-    assert train.command(recipe(2, "compiled", "speed.compile=true")) == 0
-    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
-    assert graphs[0] > 0
-    assert graphs[-1] == graphs[4], "pictures and validation after steps 4 and 5 have graphs of their own"
+    assert train.command(recipe(2, "compiled", "speed.compile=true", "trainer.max_steps=11")) == 0
+    found = losses(tmp_path / "compiled")
+    assert found[: len(plain := losses(tmp_path / "plain"))] == pytest.approx(plain, rel=1e-4)
+    assert traced[0][0] > 0
+    assert traced[1] == traced[2], "after step 2 a step traces nothing"
+    assert traced[2] < traced[4], "validation at step 4 and pictures at step 5 have graphs of their own"
+    assert traced[4] == traced[-1], "and trace nothing at steps 8 and 10, nor do the steps between"
+    assert re.search(r"speed.compile: [1-9]\d* blocks.* kept in /.+ \(TORCHINDUCTOR_CACHE_DIR\)", caplog.text)
     names = [native.newest(tmp_path / run / "checkpoints") for run in ("plain", "compiled")]
     states = [native.load_tensors(path, "model") for path in names]
     assert states[0].keys() == states[1].keys()
@@ -68,3 +75,58 @@ def test_fused_noise_is_the_same_noise(recipe, monkeypatch, tmp_path):
     assert used
     assert random._fused is None, "it is of one run"
     assert losses(tmp_path / "fused") == losses(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_one_product_for_queries_keys_and_values_trains_alike(stage, recipe, monkeypatch, tmp_path):
+    from ldm.nn import attention
+
+    more = ["autoencoder.mid_attention=true"] if stage == 1 else []
+    argv = [recipe(stage, name, *more, "trainer.max_steps=3") for name in ("plain", "fused")]
+    assert train.command(argv[0]) == 0
+    used, original = [], attention._project
+    monkeypatch.setattr(attention, "_project", lambda x, layers: used.append(layers) or original(x, layers))
+    assert train.command([*argv[1], "speed.fused_qkv=true"]) == 0
+    assert {len(layers) for layers in used} == ({3} if stage == 1 else {2, 3})
+    assert not attention._fused_qkv, "it is of one run"
+    found, expected = (losses(tmp_path / name) for name in ("fused", "plain"))
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_a_run_chooses_its_kernels_of_attention_once(compiled, recipe, monkeypatch, tmp_path):
+    """As on a GPU, with the two kernels that a CPU has."""
+    from ldm.nn import attention_choice, compiling
+
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(attention_choice, "DEVICES", ("cpu",))
+    monkeypatch.setattr(
+        attention_choice, "seconds_of", lambda *a, original=attention_choice.seconds_of: original(*a, "cpu")
+    )
+    torch._dynamo.reset()
+    few = ["trainer.max_steps=2", "callbacks.validation.every=2"]
+    assert train.command(recipe(2, "plain", *few)) == 0
+    chosen = ["speed.attention=auto", f"speed.compile={compiled}"]
+    assert train.command(recipe(2, "chosen", *few, *chosen)) == 0
+    assert attention_choice._name == "default", "it is of one run"
+    assert losses(tmp_path / "chosen") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    (entries,) = json.loads((tmp_path / "ldm" / "attention.json").read_text()).values()
+    assert {entry["chosen"] for entry in entries.values()} <= {"flash", "math"}
+    assert {"with gradient" in key for key in entries} == {True, False}, "training and validation"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["speed.attention=fast"], r"speed.attention: fast is none of default, auto, flash, .*math"),
+        (
+            ["speed.attention=auto", "deterministic=true"],
+            r"speed.attention: auto chooses by the clock.*flash",
+        ),
+    ],
+)
+def test_attention_that_cannot_be_chosen_so_is_refused(overrides, line, recipe, refused):
+    assert re.search(line, refused(recipe(1, "run", *overrides)))
