@@ -171,6 +171,7 @@ BASELINE, OURS = "diffusers' script", "rate and EMA"
 SCRIPT = Recipe("", sd("epsilon"), Simple(), lr=1e-4, warmup=0, ema=False)
 BETTER = Recipe("rate", sd("epsilon"), Simple())
 VELOCITY = Recipe("v", sd("v_prediction"), Unweighted(), LogitNormal())
+STRAIGHT = Recipe("flow", RectifiedFlow, Unweighted(), LogitNormal())
 RECIPES = {
     BASELINE: SCRIPT,
     "EMA": replace(SCRIPT, against=BASELINE, ema=True, shares=BASELINE),
@@ -184,8 +185,9 @@ RECIPES = {
     "the same, immiscible in the batch": replace(VELOCITY, against="v, logit-normal", noises=assigned),
     "the same, nearest of 8 noises": replace(VELOCITY, against="v, logit-normal", noises=nearest),
     "sample, logit-normal": replace(VELOCITY, against="v, logit-normal", process=sd("sample")),
-    "flow": Recipe("v", RectifiedFlow, Unweighted()),
-    "flow, logit-normal": Recipe("flow", RectifiedFlow, Unweighted(), LogitNormal()),
+    "flow": replace(STRAIGHT, against="v", times=Uniform()),
+    "flow, logit-normal": STRAIGHT,
+    "flow, logit-normal, nearest of 8": replace(STRAIGHT, against="flow, logit-normal", noises=nearest),
 }
 
 

@@ -196,7 +196,7 @@ def tables(settings: dict[str, Any], runs: list[dict[str, Any]]) -> list[Table]:
         f"KID-{SmallENL0.name} of {settings['pictures']} pictures of held-out pairs, DDIM of {STEPS} steps,"
     )
     what += " no guidance, against the true ones."
-    what += "" if floor is None else f" Training pictures of the same objects have {floor:.4f}."
+    what += "" if floor is None else f" The same objects on other backgrounds have {floor:.4f}."
     done.append(Table("KID by pictures", what, ["", *at[1:]], cells(kids), {}))
     if BASELINE in of:
         base = [statistics.fmean(r["marks"][k]["cpu_seconds"] for r in of[BASELINE]) for k in range(len(at))]
@@ -230,9 +230,10 @@ def tables(settings: dict[str, Any], runs: list[dict[str, Any]]) -> list[Table]:
 
 
 def kid_of_real(data: Pictures) -> float:
-    """Between the held-out pictures and training pictures of the same objects."""
-    first = {int(i): k for k, i in enumerate(data.shows[:, 0])}
-    index = torch.tensor([first[int(i)] for i in data.held_out_shows[:, 0]])
+    """Between the held-out pictures and those of the same objects on each one's next background."""
+    place = {(i, j): k for k, (i, j) in enumerate(data.shows.tolist())}
+    shows = data.held_out_shows.tolist()
+    index = torch.tensor([place[i, (j + 1) % data.backgrounds] for i, j in shows])
     network = features()
     return kid(*(features_of(data.bytes_of(x), network) for x in (data.held_out, data.latents[index])))
 
