@@ -169,6 +169,16 @@ def against(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[st
     ]
 
 
+def commits(of: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """A line where resumed trainings are of several commits."""
+    found: dict[str, list[str]] = {}
+    for name, runs in of.items():
+        found.setdefault(", ".join(sorted({str(run["commit"]) for run in runs})), []).append(name)
+    first, *others = sorted(found, key=lambda commit: -len(found[commit]))
+    lines = [f"{'; '.join(found[commit])}: trained at commit {commit}" for commit in others]
+    return [f"Trained at commit {first}, but {'. '.join(lines)}."] if others else []
+
+
 def tables(settings: dict[str, Any], runs: list[dict[str, Any]]) -> list[Table]:
     of = {name: [r for r in runs if r["contestant"] == name] for name in RECIPES}
     of = {name: sorted(found, key=lambda r: r["seed"]) for name, found in of.items() if found}
@@ -190,7 +200,7 @@ def tables(settings: dict[str, Any], runs: list[dict[str, Any]]) -> list[Table]:
         return [spread(row) if None not in row else "-" for row in rows]
 
     values = {"settings": settings, "runs": runs}
-    done = [Table("error by pictures", what, ["", *at], cells(curve), values)]
+    done = [Table("error by pictures", what, ["", *at], cells(curve), values, commits(of))]
     floor = settings["kid_of_real"]
     what = (
         f"KID-{SmallENL0.name} of {settings['pictures']} pictures of held-out pairs, DDIM of {STEPS} steps,"
@@ -288,24 +298,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.images < 8 * BATCH or args.images % (8 * BATCH) or args.seeds < 1:
         parser.error(f"--images takes a multiple of {8 * BATCH}, --seeds 1 or more")
     settings = settings_of(args)
-    about, runs = harness.facts(PACKAGES), list[dict[str, Any]]()
+    about_now, runs = harness.facts(PACKAGES), list[dict[str, Any]]()
+    about = about_now
     if args.resume and args.json is not None and args.json.is_file():
         file = json.loads(args.json.read_text())
         kept = file["results"][0]["values"]
         if kept["settings"] != settings:
             parser.error(f"--resume: {args.json} has other settings: {kept['settings']}")
-        about, runs = {key: file[key] for key in about}, kept["runs"]
+        about, runs = {key: file[key] for key in about_now}, kept["runs"]
     numbers = [str(k) for k in range(1, len(RECIPES) + 1)]
     chosen = [list(RECIPES)[int(k) - 1] for k in harness.chosen(parser, args.only, numbers)]
     work = list(trainings(chosen, runs, settings, args.sheets))
     for results in run_all(work, args.jobs):
-        runs += results
+        runs += [{**run, "commit": about_now["commit"]} for run in results]
         for run in results:
             last = run["marks"][-1]
             line = f"{run['contestant']}, seed {run['seed']}: {score(last):.4f}, KID {last['kid']}"
             print(line, file=sys.stderr, flush=True)
         harness.store(args.json, about, tables(settings, runs))
-    print(harness.markdown(about, tables(settings, runs)))
+    harness.report(args.json, about, tables(settings, runs))
     return 0
 
 

@@ -39,6 +39,7 @@ def test_a_small_run_and_its_resumption(tmp_path, capsys):
     again = json.loads(path.read_text())["results"][0]["values"]["runs"]
     assert again[:4] == runs
     assert [run["contestant"] for run in again[4:]] == ["sample, logit-normal"]
+    assert again[4]["commit"] == runs[0]["commit"]
     assert "| sample, logit-normal | v, logit-normal |" in capsys.readouterr().out
     file["results"][0]["values"]["settings"]["batch"] = 1
     path.write_text(json.dumps(file))
@@ -136,3 +137,10 @@ def test_what_is_better():
     assert convergence.against(better, other) == ["0.50, 0.67", "-0.050, -0.050", "better"]
     assert convergence.against(other, better)[2] == "worse"
     assert convergence.against([better[0], run([1, 1, 1, 0.4], kid=0.0, seed=1)], other)[2] == "mixed"
+
+
+def test_trainings_of_another_commit_are_named():
+    of = {name: [{"commit": commit}] for name, commit in (("a", "1"), ("b", "1"), ("c", "2"))}
+    assert convergence.commits(of) == ["Trained at commit 1, but c: trained at commit 2."]
+    del of["c"]
+    assert convergence.commits(of) == []
