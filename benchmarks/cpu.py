@@ -46,11 +46,11 @@ def trainer_cost(rounds: int, steps: int) -> list[Any]:
         rounds,
         "steps",
         {"Lightning, its callbacks": 1.0},
-        [f"{steps} steps a turn after {first}, {rounds} turns each; all end at the same loss."],
+        [f"{steps} steps a turn after {first}, {rounds} turns each; all are at the same loss after 50."],
     )
     for name, loss in losses.items():
         if abs(loss / losses["ours, all callbacks"] - 1) > 1e-5:
-            raise SystemExit(f"C4: {name} ends at a loss of {loss}, ours at {losses['ours, all callbacks']}")
+            raise SystemExit(f"C4: {name} is at a loss of {loss}, ours at {losses['ours, all callbacks']}")
     added = harness.added(found, "loop by hand", "Microseconds of a step beyond the loop by hand's.")
     added.name, added.notes = "C4, cost of a step", [f"Goal: ours at most {GOAL_US} us."]
     return [found, added]

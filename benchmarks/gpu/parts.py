@@ -3,9 +3,11 @@ start (G7), encoder (G9), sampling (G11), a steady run (G13)."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -40,10 +42,28 @@ def optimizer() -> Iterator[dict[str, Any]]:
         fused.step()
         torch._foreach_sub_(average, torch._foreach_mul(torch._foreach_sub(average, parameters), 1e-4))
 
+    moments = [[torch.zeros_like(p) for p in parameters] for _ in range(2)]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    told = torch.tensor([1.0, 1.0, 0.1, 0.03], device=DEVICE)
+
+    @torch.no_grad()
+    def one_pass() -> None:
+        from ldm.nn.kernels.adamw import Table
+
+        norm = torch.nn.utils.get_total_norm(gradients)
+        told[1] = (1.0 / (norm + 1e-6)).clamp(max=1.0)
+        made = Table.of([parameters, gradients, *moments, average], tables[-1] if tables else None)
+        tables[:] = [made]
+        made.step(told, 1e-4, (0.9, 0.999), 1e-8, 0.01, 1e-4)
+
+    tables: list[Any] = []
     rows: list[tuple[str, Callable[[], None], int]] = [
+        ("one pass", one_pass, 1 + 9),
         ("clip, AdamW, EMA by lerp", ours, 3 + 7 + 3),
         ("clip, AdamW, EMA as diffusers' foreach", peers, 3 + 7 + 8),
     ]
+    if TOY:
+        rows = rows[1:] if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1" else rows
     for name, work, passes in rows:
         timing = device.clocked(work, 3, 5, 10)
         moved = 4 * count * passes

@@ -42,6 +42,10 @@ class EMA:
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(self.parameters, self.average, strict=True)
 
+    def by_parameter(self) -> dict[Tensor, Tensor]:
+        """The average of each parameter; of a sharded one its rows."""
+        return dict(self._pairs())
+
     def decay_at(self, updates: int) -> float:
         """Decay of the update that follows `updates` earlier ones."""
         return min(self.decay, (1 + updates) / (10 + updates))

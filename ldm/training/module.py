@@ -192,7 +192,15 @@ class TrainingModule(pl.LightningModule):
                 "optimizer.fused", "true cannot clip fp16 gradients", "set it false, or use bf16-mixed"
             )
         assert self.ema is not None
-        if gradient_clip_val and self.ema.sharded:
+        clips = hasattr(optimizer, "clip_to")
+        if clips and scaled:
+            raise InputError(
+                "optimizer", "does not unscale fp16 gradients", "use optimizer=adamw, or bf16-mixed"
+            )
+        if clips:
+            norm = total_norm(p.grad for p in self.ema.parameters if p.grad is not None)
+            optimizer.clip_to(norm, gradient_clip_val)  # type: ignore[attr-defined]
+        elif gradient_clip_val and self.ema.sharded:
             norm = clip_norm(self.ema.parameters, gradient_clip_val)
         elif gradient_clip_val:
             norm = torch.nn.utils.clip_grad_norm_(self.ema.parameters, gradient_clip_val)
@@ -233,13 +241,17 @@ class TrainingModule(pl.LightningModule):
         for group in own.param_groups:
             group.setdefault("base_lr", group["lr"])
             group["lr"] = group["base_lr"] * factor
+        assert self.ema is not None
+        if hasattr(own, "average_with"):  # the optimizer moves our average in its own pass
+            own.average_with(self.ema.by_parameter(), self.ema.decay_at(step))
         try:
             self.trainer.strategy.optimizer_step(own, optimizer_closure)
         except NotFiniteError:
             return
-        assert self.ema is not None
-        if hasattr(own, "average_into"):  # the optimizer knows the average of its own
-            own.average_into(dict(zip(self.ema.parameters, self.ema.average, strict=True)))
+        if hasattr(own, "average_with"):
+            self.ema.update_profiles(step)
+        elif hasattr(own, "average_into"):  # the optimizer knows the average of its own
+            own.average_into(self.ema.by_parameter())
             self.ema.update_profiles(step)
         else:
             self.ema.update(step)
