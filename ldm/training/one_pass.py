@@ -64,7 +64,8 @@ class OnePassAdamW(torch.optim.AdamW):
         for p in parameters:
             p.grad = _like(cast(Tensor, p.grad), p)  # torch's kernel does not look at the order
         if self._norm is not None and self._limit:
-            torch._foreach_mul_([p.grad for p in parameters], self._factor(self._norm))  # type: ignore[arg-type]
+            gradients = [cast(Tensor, p.grad) for p in parameters]
+            torch._foreach_mul_(gradients, self._factor(self._norm))
         super().step()
         averaged = [p for p in parameters if p in self._averages]
         if averaged:
