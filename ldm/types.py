@@ -38,12 +38,15 @@ class Batch:
     mask: Tensor | None = None  # [b 1 H W], 1 where `image` is to be painted anew, else 0
     source: Tensor | None = None  # uint8 [b 3 H W], a picture to go by where the result is not known
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of its fields that are tensors, by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""
         moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
+            name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors().items()
         }
         return replace(self, **moved)
 

@@ -19,6 +19,8 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor
 
+from ldm.training.prefetch import Prefetch
+
 
 def install(trainer: Any) -> None:
     """Let `trainer` use this loop, unless a profiler wants to hear of all that Lightning does."""
@@ -83,6 +85,8 @@ def _each(hooks: Sequence[Callable[..., Any]]) -> Callable[..., None]:
 class StepLoop(_TrainingEpochLoop):
     """An endless stream of batches and one optimizer, whose steps Lightning counts."""
 
+    prefetch: Prefetch | None = None
+
     @property
     def global_step(self) -> int:
         return self.automatic_optimization.optim_progress.optimizer.step.total.completed
@@ -93,8 +97,7 @@ class StepLoop(_TrainingEpochLoop):
         batch, _, _ = next(data_fetcher)
         progress.is_last_batch = data_fetcher.done
         index = progress.current.ready
-        device, data = trainer.strategy.root_device, trainer.datamodule  # type: ignore[attr-defined]
-        batch = data.transfer_batch_to_device(batch, device, 0)
+        batch = self._on_device(batch, data_fetcher)
         progress.increment_ready()
         callbacks.on_train_batch_start(trainer, module, batch, index)
         module.on_train_batch_start(batch, index)
@@ -104,6 +107,18 @@ class StepLoop(_TrainingEpochLoop):
         callbacks.on_train_batch_end(trainer, module, outputs, batch, index)
         module.on_train_batch_end(outputs, batch, index)
         progress.increment_completed()
+
+    def _on_device(self, batch: Any, data_fetcher: Any) -> Any:
+        """The batch where the step computes; a GPU gets the next one meanwhile."""
+        device = self.trainer.strategy.root_device
+        if device.type != "cuda" and self.prefetch is None:
+            return batch
+        if self.prefetch is None:
+            self.prefetch = Prefetch(device)
+        batch = self.prefetch.take(batch)
+        if waiting := getattr(data_fetcher, "batches", None):
+            self.prefetch.start(waiting[0][0])
+        return batch
 
     def on_advance_end(self, data_fetcher: Any) -> None:
         """Nothing: `Validation` validates, the module knows its schedule."""
