@@ -18,13 +18,19 @@ def losses(folder):
         return [float(row[2]) for row in csv.reader(file) if row[1] in ("train/loss", "validation/loss")]
 
 
+@pytest.fixture
+def limits():
+    """Dynamo's are after a test as before; monkeypatch would leave them deleted."""
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        yield
+
+
+@pytest.mark.usefixtures("limits")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_compiled_blocks_train_alike_and_are_compiled_once(backend, recipe, monkeypatch, caplog, tmp_path):
     caplog.set_level("INFO", "ldm.training.assembly")
     monkeypatch.setattr(compiling, "BACKEND", backend)
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 8)
-    monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", False)
     torch._dynamo.reset()
     counters.clear()
     assert train.command(recipe(2, "plain")) == 0
@@ -94,6 +100,7 @@ def test_one_product_for_queries_keys_and_values_trains_alike(stage, recipe, mon
     assert found
 
 
+@pytest.mark.usefixtures("limits")
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_a_run_chooses_its_kernels_of_attention_once(compiled, recipe, monkeypatch, tmp_path):
