@@ -95,7 +95,7 @@ def sample(
 
     rank, count, local = processes()
     device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    pipe_of = lru_cache(4)(lambda *model: ldm.load(*model[:2], device, model[2]))
+    pipe_of = lru_cache(4)(lambda *model: ldm.load(*model[:2], device, model[2], config["speed"]))
     groups = batches(items, whole("batch_size", config["batch_size"], 1))
     requests, pipe = survey(items, pipe_of), pipe_of(*items[0].model)
     if recipe is not None:

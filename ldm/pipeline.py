@@ -33,6 +33,9 @@ from ldm.diffusion.guidance import guided
 from ldm.diffusion.inpainting import keep_known
 from ldm.diffusion.samplers import prior
 from ldm.errors import InputError
+from ldm.nn.compiling import compile_blocks
+from ldm.nn.graph import Graphed
+from ldm.nn.norm import fused
 from ldm.pictures import read_picture, to_pil, to_uint8
 from ldm.random import keyed_normal
 from ldm.sampling.recipes import recipe_of
@@ -52,6 +55,7 @@ class Pipeline:
     sampling  the defaults num_steps, spacing, guidance_scale, height, width, and others of `request`
     dtype     what the networks compute in (autocast); weights, latents and solver stay in float32
     name, digest, weights   of the checkpoint, for the recipes
+    speed     compile, fused_norm, cuda_graph: as in configs/sample.yaml; they change the last bits
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Pipeline:
         name: str = "",
         digest: str = "",
         weights: str = "ema",
+        speed: Mapping[str, bool] | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or torch.float32
@@ -77,7 +82,8 @@ class Pipeline:
                 network.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.autoencoder, self.conditioner, self.backbone = autoencoder, conditioner, backbone
         self.noise_scheduler = noise_scheduler
-        self.denoiser = Denoiser(backbone, noise_scheduler)
+        self.speed = {"compile": False, "fused_norm": False, "cuda_graph": False, **(speed or {})}
+        self.denoiser = Denoiser(self._quickened(), noise_scheduler)
         self.sampler, self.sampling = sampler, {"guidance_rescale": 0.0, **(sampling or {})}
         self.name, self.digest, self.weights = name, digest, weights
 
@@ -101,6 +107,19 @@ class Pipeline:
             weights=weights,
             **options,
         )
+
+    def _quickened(self) -> Any:
+        """The backbone as `speed` asks for it; raises InputError where there is no GPU for it."""
+        if self.speed["cuda_graph"] and not self._may_record():
+            raise InputError("speed.cuda_graph", "there is no GPU to record one on", "leave it false")
+        if self.speed["compile"]:
+            for network in (self.autoencoder, self.backbone):
+                if network is not None:
+                    compile_blocks(network)
+        return Graphed(self.backbone) if self.speed["cuda_graph"] else self.backbone
+
+    def _may_record(self) -> bool:
+        return self.device.type == "cuda"
 
     @property
     def multiple(self) -> int:
@@ -241,7 +260,8 @@ class Pipeline:
         shape = (self.autoencoder.latent_channels, request.height // factor, request.width // factor)
         noise = partial(self._noise, seeds, shape)
         low = self.dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self.dtype if low else None, enabled=low):
+        computing = torch.autocast(self.device.type, dtype=self.dtype if low else None, enabled=low)
+        with computing, fused(self.speed["fused_norm"]):
             denoise, latents = self._guided(prompts, seeds, request), None
             encode, decode = self._codec(request.tile)
             alone = request.source is not None and request.strength == 1  # the network is shown the picture
@@ -334,6 +354,7 @@ def load(
     weights: str = "ema",
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
+    speed: Mapping[str, bool] | None = None,
 ) -> Pipeline:
     """The pipeline of a run, a stage, a checkpoint directory, a diffusers folder or a single file.
 
@@ -356,4 +377,4 @@ def load(
     digest = content_hash(model, "raw" if weights == "raw" else "ema")
     if length:
         digest = hashlib.sha256(f"{digest}:{length}".encode()).hexdigest()
-    return Pipeline.of(model, weights, device=device, dtype=dtype, digest=digest)
+    return Pipeline.of(model, weights, device=device, dtype=dtype, digest=digest, speed=speed)

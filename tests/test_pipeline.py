@@ -8,12 +8,15 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch._dynamo.utils import counters
 
 import ldm
 from ldm.conditioning.base import ConditionerModule
 from ldm.diffusion.noise_scheduler import RectifiedFlow
 from ldm.diffusion.samplers import ddim, dpmpp_2m
 from ldm.errors import InputError
+from ldm.nn import compiling, norm
+from ldm.nn.graph import Graphed
 from ldm.pictures import parse_recipe, to_tensor
 from ldm.pipeline import Pipeline
 from ldm.sampling.request import soft_edge
@@ -445,3 +448,60 @@ def test_conditioners_are_told_sizes_seeds_and_the_picture_to_start_from(toy):
     for name, value in {"original_size": [16, 24], "crop": [0, 0], "target_size": [16, 24]}.items():
         assert getattr(first, name).tolist() == [value]
     assert first.source.shape == (1, 3, 16, 24)
+
+
+# ---- what `speed` switches on
+
+
+def close(found, expected):
+    """Pictures of 8 bits, equal but for rounding."""
+    for a, b in zip(found, expected, strict=True):
+        assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_compiled_networks_draw_the_same(tiny_run, monkeypatch):
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    limits = {"recompile_limit": 8, "fail_on_recompile_limit_hit": False}
+    with torch._dynamo.config.patch(limits):
+        quick = ldm.load(tiny_run, device="cpu", speed={"compile": True})
+        found = quick("red apple", num_images=2)
+        graphs = counters["stats"]["unique_graphs"]
+        assert graphs > 0
+        quick("blue pear", num_images=2, seed=5)
+    assert counters["stats"]["unique_graphs"] == graphs
+    close(found, ldm.load(tiny_run, device="cpu")("red apple", num_images=2))
+
+
+def test_the_fused_norm_draws_the_same_and_is_of_the_pipeline(tiny_run, monkeypatch):
+    pytest.importorskip("triton")
+    from ldm.nn.kernels import group_norm as kernels
+
+    used, original = [], kernels.group_norm
+    monkeypatch.setattr(kernels, "group_norm", lambda *a: used.append(a) or original(*a))
+    expected = ldm.load(tiny_run, device="cpu")("red apple")
+    assert not used
+    close(ldm.load(tiny_run, device="cpu", speed={"fused_norm": True})("red apple"), expected)
+    assert used
+    assert not norm._fused
+
+
+def test_a_graph_of_the_backbone_draws_the_same(tiny_run, monkeypatch):
+    """With what stands in for a graph, one for the passes with guidance and one for those without."""
+    made = []
+    monkeypatch.setattr(
+        "ldm.pipeline.Graphed", lambda net: made.append(Graphed(net, lambda work: work)) or made[-1]
+    )
+    monkeypatch.setattr(Pipeline, "_may_record", lambda self: True)
+    options = {"num_images": 3, "batch_size": 2, "guidance_interval": (1.0, 5.0), "sampler": "heun"}
+    pipe = ldm.load(tiny_run, device="cpu", speed={"cuda_graph": True})
+    found = pipe("red apple", **options)
+    assert len(made[0].graphs) == 3, "of 4 rows, of 2 and of 1"
+    close(found, ldm.load(tiny_run, device="cpu")("red apple", **options))
+
+
+def test_without_a_gpu_a_graph_is_refused(tiny_run):
+    with pytest.raises(InputError, match="speed.cuda_graph: there is no GPU"):
+        ldm.load(tiny_run, device="cpu", speed={"cuda_graph": True})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 
@@ -17,6 +19,17 @@ def use_fused(on: bool) -> None:
     """Let GPUs use the kernel of `kernels/group_norm.py` from now on, or not: results agree to rounding."""
     global _fused
     _fused = on
+
+
+@contextmanager
+def fused(on: bool) -> Iterator[None]:
+    """`use_fused` for the block alone."""
+    global _fused
+    before, _fused = _fused, on
+    try:
+        yield
+    finally:
+        _fused = before
 
 
 @cache

@@ -25,7 +25,8 @@ from ldm.sampling.request import whole
 
 MODEL = ("checkpoint", "weights", "precision")  # the options of sample.py that open the pipeline,
 LIST = (  # those that say what there is to draw and where it goes; the others are of the pipeline's call
-    "prompt", "prompt_file", "from_png", "num_images", "seed", "batch_size", "xy", "format", "output",
+    "prompt", "prompt_file", "from_png", "num_images", "seed", "batch_size", "speed", "xy", "format",
+    "output",
 )  # fmt: skip
 SHEET = 100  # pictures, at most, on the contact sheet of a list
 FLAG = re.compile(r"(?:^|\s)--([a-zA-Z]+)(?=\s|$)")
