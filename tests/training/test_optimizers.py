@@ -21,7 +21,13 @@ from ldm.training.optimizers import (
 from ldm.training.summary import memory
 
 OPTIONS = sorted(path.stem for path in (CONFIG_DIR / "optimizer").glob("*.yaml"))
-BYTES_A_PARAMETER = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "muon": 4, "schedule_free": 8}
+BYTES_A_PARAMETER = {
+    "adamw": 8,
+    "adamw_one_pass": 8,
+    "adamw_8bit": 2 + 8 / 256,
+    "muon": 4,
+    "schedule_free": 8,
+}
 
 
 def parameters(*shapes, seed=0):
