@@ -95,6 +95,7 @@ class Clock(pl.Callback):
             self.ended = time.perf_counter(), time.process_time()
 
 
+@assembly.flags_restored()
 def train(kinds: tuple[type, ...], logger: str, first: int, steps: int) -> Measured:
     """One run with the callbacks of these kinds; its first and its last steps are not timed."""
     with tempfile.TemporaryDirectory() as folder:

@@ -127,6 +127,7 @@ class Ticks(pl.Callback):
         self.clock.tick(trainer.global_step)
 
 
+@assembly.flags_restored()  # else a process started later takes this one for its launcher
 def ours(clock: Clock) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cfg = compose("train", OVERRIDES)
