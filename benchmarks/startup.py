@@ -85,6 +85,7 @@ def starts(rounds: int) -> list[Any]:
         }
         if harness.missing("diffusers") is None:
             peers["import"]["import diffusers"] = [*python, "-c", "import diffusers"]
+        if harness.missing("diffusers", "accelerate") is None:
             whole = "from diffusers import UNet2DConditionModel, AutoencoderKL, DDPMScheduler"
             peers["first step"]["imports of a script of diffusers"] = [
                 *python,
