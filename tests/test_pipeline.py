@@ -492,7 +492,7 @@ def test_a_graph_of_the_backbone_draws_the_same(tiny_run, monkeypatch):
     """With what stands in for a graph, one for the passes with guidance and one for those without."""
     made = []
     monkeypatch.setattr(
-        "ldm.pipeline.Graphed", lambda net: made.append(Graphed(net, lambda work: work)) or made[-1]
+        "ldm.pipeline.Graphed", lambda net: made.append(Graphed(net, lambda work, device: work)) or made[-1]
     )
     monkeypatch.setattr(Pipeline, "_may_record", lambda self: True)
     options = {"num_images": 3, "batch_size": 2, "guidance_interval": (1.0, 5.0), "sampler": "heun"}

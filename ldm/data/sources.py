@@ -19,21 +19,8 @@ from ldm.data.emoji import EmojiSet
 from ldm.data.pack import ShardWriter, listing, made_once, pack
 from ldm.errors import InputError
 
-WORDS = (
-    "a",
-    "large",
-    "small",
-    "red",
-    "blue",
-    "house",
-    "tree",
-    "river",
-    "and",
-    "under",
-    "clouds",
-    "at",
-    "night",
-)
+FORMAT = 1  # of the folder of synthetic pictures
+WORDS = ("a", "large", "small", "red", "blue", "house", "tree", "river", "under", "clouds", "at", "night")
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +65,7 @@ class SyntheticDataModule(ShardDataModule):
     ) -> None:
         if num_samples < 1:
             raise InputError(f"data.num_samples={num_samples}", "expected 1 or more")
-        self.folder = Path(cache_dir) / f"synthetic-{image_size}-{num_samples}-{seed}"
+        self.folder = Path(cache_dir) / f"synthetic-v{FORMAT}-{image_size}-{num_samples}-{seed}"
         self.num_samples, self.image_size, self.drawn_from = num_samples, image_size, seed
         super().__init__(shards=[], image_size=image_size, seed=seed, **options)
 
@@ -100,18 +87,12 @@ class SyntheticDataModule(ShardDataModule):
             for _ in range(self.num_samples):
                 sides = np.exp(generator.uniform(0, np.log(2.5), 2)) * self.image_size
                 coarse = generator.integers(0, 256, (9, 9, 3), dtype=np.uint8)
-                picture = Image.fromarray(coarse).resize(
-                    (int(sides[0]), int(sides[1])), Image.Resampling.BICUBIC
-                )
-                data = io.BytesIO()
+                size = int(sides[0]), int(sides[1])
+                picture, data = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), io.BytesIO()
                 picture.save(data, "JPEG", quality=90)
                 words = generator.choice(WORDS, generator.integers(8, 13))
-                writer.write(
-                    data.getvalue(),
-                    "jpg",
-                    " ".join(words),
-                    {"width": picture.width, "height": picture.height},
-                )
+                facts = {"width": picture.width, "height": picture.height}
+                writer.write(data.getvalue(), "jpg", " ".join(words), facts)
 
 
 class FolderDataModule(ShardDataModule):

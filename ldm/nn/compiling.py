@@ -11,7 +11,7 @@ from ldm.nn.resnet import ResnetBlock
 BACKEND = "inductor"
 BLOCKS = (ResnetBlock, Transformer2D, PixelAttention)
 CHOICES = ("torch.nn.attention._backend_from_string", "torch.nn.attention._sdpa_kernel")  # of a kernel
-SHAPES = 256  # of one kind of block; a U-Net of SD's kind has about 20 of each
+SHAPES = 4096  # of one kind of block: a U-Net of SD's kind has about 20 of each, with each bucket's sizes
 
 
 def cache_folder() -> str | None:
@@ -26,9 +26,9 @@ def compile_blocks(network: nn.Module) -> int:
     """Compile each block of `network`, for the shapes it meets; blocks of equal shapes share the code.
 
     Returns how many there are. Beyond `SHAPES`, or where Python is not followed, it raises: Dynamo would
-    quietly run the block as it is.
+    quietly run the block as it is. Dynamo's limits are those of the process.
     """
-    torch._dynamo.config.recompile_limit = SHAPES
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = SHAPES
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     from torch._inductor import config  # takes seconds
 

@@ -18,23 +18,32 @@ from ldm.types import Conditioning
 MOST = 8  # graphs that are kept; each holds the memory of its pass
 WARM_UP = 3  # passes before it is recorded: kernels are chosen and compiled then
 
-Work = Callable[[], Tensor]
+Work = Callable[[], Any]
 
 
-def recorded(work: Work) -> Work:
-    """`work` as a CUDA graph; the tensor that it gives is the same at each replay."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = work()
+def recorded(work: Work, device: torch.device) -> Work:
+    """`work` as a CUDA graph; the tensors that it gives are the same at each replay.
 
-    def replay() -> Tensor:
-        graph.replay()
+    Autocast keeps no casts of weights meanwhile: a cast from before the graph would never be made again.
+    """
+    kind = device.type
+    cast = torch.autocast(
+        kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
+    )
+    with torch.cuda.device(device), cast:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                work()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = work()
+
+    def replay() -> Any:
+        with torch.cuda.device(device):
+            graph.replay()
         return out
 
     return replay
@@ -43,7 +52,7 @@ def recorded(work: Work) -> Work:
 class Graphed:
     """A backbone (ldm.types.Backbone) under no_grad. `record` is `recorded`, or what stands in for it."""
 
-    def __init__(self, network: Any, record: Callable[[Work], Work] = recorded) -> None:
+    def __init__(self, network: Any, record: Callable[[Work, torch.device], Work] = recorded) -> None:
         self.network, self.record = network, record
         self.graphs: dict[Any, tuple[list[Tensor], Work]] = {}
 
@@ -59,8 +68,9 @@ class Graphed:
                 self.graphs.pop(next(iter(self.graphs)))
             own = [t.clone() for t in given]
             like = Conditioning(**dict(zip(names, own[2:], strict=True)))
-            self.graphs[key] = own, self.record(lambda: self.network(own[0], own[1], like))
+            self.graphs[key] = own, self.record(lambda: self.network(own[0], own[1], like), x.device)
         kept, replay = self.graphs[key]
         for mine, value in zip(kept, given, strict=True):
             mine.copy_(value)
-        return replay().clone()
+        out: Tensor = replay().clone()
+        return out

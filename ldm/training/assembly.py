@@ -216,7 +216,7 @@ def build_trainer(
         raise InputError(
             "report", "measures the quickstart's pictures, and this is other data", "add report=null"
         )
-    loop.install(trainer)
+    loop.install(trainer, module)
     strategies.check(trainer, module)
     quicken(cfg.get("speed") or {}, module, bool(cfg.get("deterministic")))
     datamodule.check_batch(trainer.num_devices * trainer.num_nodes, trainer.accumulate_grad_batches)

@@ -2,7 +2,8 @@
 
 Lightning's own asks in each step for metrics, a profiler, schedules and validation, and calls every hook of
 every callback, whether it has one or not: on a CPU more time than a small network takes. Strategies,
-precision, accumulation and the hooks that exist are as ever. `python -m benchmarks.cpu --only C4` shows it.
+precision, accumulation and the hooks that exist are as ever; a module or callback that has one of `UNCALLED`
+is refused. `python -m benchmarks.cpu --only C4` shows it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,22 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor
 
+from ldm.errors import InputError
 from ldm.training.prefetch import Prefetch
 
+UNCALLED = (  # hooks of Lightning that this loop does without
+    *("backward", "lr_scheduler_step", "optimizer_zero_grad", "on_before_zero_grad"),
+    *("transfer_batch_to_device", "on_before_batch_transfer", "on_after_batch_transfer"),
+)
+OF_CALLBACKS = ("on_before_backward", "on_after_backward")  # and of callbacks alone it calls these
 
-def install(trainer: Any) -> None:
+
+def install(trainer: Any, module: pl.LightningModule) -> None:
     """Let `trainer` use this loop, unless a profiler wants to hear of all that Lightning does."""
     if isinstance(trainer.profiler, PassThroughProfiler):
+        _require(module, pl.LightningModule, (*UNCALLED, *OF_CALLBACKS))
+        for callback in trainer.callbacks:
+            _require(callback, pl.Callback, UNCALLED)
         old = trainer.fit_loop.epoch_loop
         trainer.fit_loop.epoch_loop = StepLoop(trainer, old.min_steps, old.max_steps)
         trainer.callbacks = [Together(trainer.callbacks)]
@@ -32,13 +43,18 @@ def install(trainer: Any) -> None:
             vars(trainer.strategy)["optimizer_step"] = _stepper(trainer)
 
 
+def _require(one: Any, base: type, hooks: Sequence[str]) -> None:
+    """Raise an InputError if `one` has a hook that would never be called."""
+    own = [name for name in hooks if getattr(type(one), name, None) is not getattr(base, name, None)]
+    if own:
+        fix = "do it in training_step or on_train_batch_start"
+        raise InputError(type(one).__name__, f"{own[0]} is not called by ldm's loop", fix)
+
+
 def _is_plain(trainer: Any) -> bool:
     """Whether nothing but the optimizer is in its step: no scaler of fp16, no strategy's own doing."""
     strategy, precision = trainer.strategy, trainer.precision_plugin
-    usual = (
-        Strategy.optimizer_step,
-        DDPStrategy.optimizer_step,
-    )  # the second averages models, if it is told to
+    usual = (Strategy.optimizer_step, DDPStrategy.optimizer_step)  # DDP's averages models, if told to
     asked = getattr(strategy, "_model_averager", None) or getattr(precision, "scaler", None)
     whole = (Precision.optimizer_step, MixedPrecision.optimizer_step)
     return not asked and type(strategy).optimizer_step in usual and type(precision).optimizer_step in whole
@@ -112,7 +128,7 @@ class StepLoop(_TrainingEpochLoop):
         """The batch where the step computes; a GPU gets the next one meanwhile."""
         device = self.trainer.strategy.root_device
         if device.type != "cuda" and self.prefetch is None:
-            return batch
+            return batch if device.type == "cpu" else batch.to(device)
         if self.prefetch is None:
             self.prefetch = Prefetch(device)
         batch = self.prefetch.take(batch)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints.posthoc import exponent
-from ldm.errors import InputError
 from ldm.random import keyed_word
 from ldm.training.ema import EMA
 from ldm.training.optim import ParameterRule, parameter_groups
@@ -145,9 +144,7 @@ class TrainingModule(pl.LightningModule):
         given = getattr(self.make_optimizer, "keywords", {})
         decay, lr = given.get("weight_decay", 0.0), given.get("lr")
         optimizer = self.make_optimizer(parameter_groups(self, decay, self.parameter_rules, lr))
-        if (
-            self.on_host
-        ):  # torch would look for a GPU's driver in each step, whether a graph is being captured
+        if self.on_host:  # torch would look for a GPU's driver in each step: is a graph being captured?
             vars(optimizer)["_accelerator_graph_capture_health_check"] = lambda: None
         return optimizer
 
@@ -170,9 +167,8 @@ class TrainingModule(pl.LightningModule):
             torch.manual_seed(seed)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        vars(self)["batch_ended"] = (
-            time.perf_counter()
-        )  # after all callbacks: from here on the loop waits for data
+        # after all callbacks: from here on the loop waits for data
+        vars(self)["batch_ended"] = time.perf_counter()
         self.alive("a training batch")
 
     def configure_gradient_clipping(
@@ -183,23 +179,14 @@ class TrainingModule(pl.LightningModule):
     ) -> None:
         """Clip the norm of the whole gradient, and log it; Lightning refuses fused optimizers this way.
 
-        In fp16 a fused optimizer unscales the gradient itself, afterwards: clipping with it is refused.
+        In fp16 a fused optimizer unscales the gradient itself, afterwards: its norm is not known here.
         """
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         hidden = scaled and any(group.get("fused") for group in optimizer.param_groups)
-        if hidden and gradient_clip_val:
-            raise InputError(
-                "optimizer.fused", "true cannot clip fp16 gradients", "set it false, or use bf16-mixed"
-            )
         assert self.ema is not None
-        clips = hasattr(optimizer, "clip_to")
-        if clips and scaled:
-            raise InputError(
-                "optimizer", "does not unscale fp16 gradients", "use optimizer=adamw, or bf16-mixed"
-            )
-        if clips:
+        if hasattr(optimizer, "clip_to"):
             norm = total_norm(p.grad for p in self.ema.parameters if p.grad is not None)
-            optimizer.clip_to(norm, gradient_clip_val)  # type: ignore[attr-defined]
+            optimizer.clip_to(norm, gradient_clip_val)
         elif gradient_clip_val and self.ema.sharded:
             norm = clip_norm(self.ema.parameters, gradient_clip_val)
         elif gradient_clip_val:
@@ -210,9 +197,8 @@ class TrainingModule(pl.LightningModule):
             return
         self.record("train/grad_norm", norm)  # before clipping
         if self.on_host and not scaled and math.isfinite(norm.item()) and not self.bad_in_a_row.item():
-            self.record(
-                "train/skipped", self.bad_in_a_row
-            )  # all is well, without ten operations on one number
+            # all is well, without ten operations on one number
+            self.record("train/skipped", self.bad_in_a_row)
         elif not scaled:  # a scaler looks at its gradients itself
             finite = torch.isfinite(norm.detach())
             bad = ~finite

@@ -1,12 +1,13 @@
 """AdamW that clips and averages in the pass that it makes anyway: `optimizer=adamw_one_pass`.
 
-On a GPU `ldm/nn/kernels/adamw.py`; elsewhere the same in separate passes. Its state is torch's AdamW's,
-name for name. `TrainingModule` leaves clipping and the average to an optimizer that has
-`clip_to` and `average_with`.
+On a GPU `ldm/nn/kernels/adamw.py`; elsewhere, and where parameters of a group have had unequally many
+gradients, the same in separate passes. Its state is torch's AdamW's, name for name. `TrainingModule` leaves
+clipping and the average to an optimizer that has `clip_to` and `average_with`.
 """
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -24,22 +25,36 @@ class OnePassAdamW(torch.optim.AdamW):
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for group in self.param_groups:
-            group["fused"] = not any(p.is_meta for p in parameters)  # on paper there is no such kernel
-        if any(isinstance(p, DTensor) for p in parameters):
+        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
             what = "one pass over whole tensors, and trainer.strategy=fsdp keeps rows of them"
             raise InputError("optimizer", what, "use optimizer=adamw")
+        self._take_over()
         self._norm: Tensor | None = None
         self._limit: float | None = None
         self._averages: Mapping[Tensor, Tensor] = {}
         self._decay = 0.0
         self._tables: dict[int, Any] = {}
+        self._together: dict[int, list[Tensor]] = {}  # of each group: those that have had each step
+
+    def _take_over(self) -> None:
+        """What torch's AdamW has in its groups and state, as this one needs it."""
+        for group in self.param_groups:
+            for name in ("amsgrad", "maximize"):
+                if group.get(name):
+                    raise InputError(f"optimizer.{name}", "is not part of one pass", "use optimizer=adamw")
+            group["fused"] = not any(p.is_meta for p in group["params"])  # on paper there is no such kernel
+        for p, state in self.state.items():
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(p.device)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._take_over()
+        self._together = {}
 
     def clip_to(self, norm: Tensor, limit: float | None) -> None:
         """For the next step: `norm` of the whole gradient; to be clipped to `limit`, None: not at all.
 
-        A norm that is not finite makes the step change nothing.
+        A norm that is not finite makes the step change nothing (in separate passes the average comes nearer).
         """
         self._norm, self._limit = norm, limit
 
@@ -54,7 +69,8 @@ class OnePassAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         groups = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        if all(map(_fits, filter(None, groups))):
+        alike = [self._alike(k, parameters) for k, parameters in enumerate(groups)]
+        if all(alike) and all(map(_fits, filter(None, groups))):
             for k, parameters in enumerate(groups):
                 if parameters:
                     self._one_pass(k, parameters)
@@ -62,6 +78,14 @@ class OnePassAdamW(torch.optim.AdamW):
             self._passes([p for parameters in groups for p in parameters])
         self._norm, self._averages = None, {}
         return loss
+
+    def _alike(self, k: int, parameters: list[Tensor]) -> bool:
+        """Whether these, of group `k`, have had equally many steps; the device is asked at the first."""
+        if k not in self._together:
+            counts = [float(self.state[p].get("step", 0)) for p in parameters]
+            self._together[k] = [p for p, n in zip(parameters, counts, strict=True) if n == max(counts)]
+        known = self._together[k]
+        return len(known) == len(parameters) and all(map(operator.is_, known, parameters))
 
     def _passes(self, parameters: list[Tensor]) -> None:
         for p in parameters:

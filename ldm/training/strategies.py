@@ -29,6 +29,7 @@ from ldm.errors import InputError
 from ldm.training.adversarial_module import AdversarialAutoencoderModule
 from ldm.training.autoencoder_module import AutoencoderModule
 from ldm.training.module import TrainingModule
+from ldm.training.one_pass import OnePassAdamW
 from ldm.training.optimizers import AdamW8bit, Muon
 from ldm.training.sharding import roots, shard
 
@@ -196,12 +197,26 @@ class FSDP(Processes):
 def check(trainer: pl.Trainer, module: TrainingModule) -> None:
     """Raise an InputError for what the trainer's strategy cannot train; before anything is written."""
     strategy, shares = trainer.strategy, trainer.accumulate_grad_batches
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     if isinstance(strategy, FSDP):
-        require_shardable(module, getattr(trainer.precision_plugin, "scaler", None) is not None)
+        require_shardable(module, scaled)
+    if scaled:
+        require_scalable(module, bool(trainer.gradient_clip_val))
     if isinstance(strategy, DDP) and strategy.static_graph is True and shares > 1:
         # torch 2.15 ends in an internal error, in the first backward that is not reduced
         what = f"goes with no trainer.accumulate_grad_batches={shares}"
         raise InputError("trainer.strategy.static_graph=true", what, "set it to auto")
+
+
+def require_scalable(module: TrainingModule, clips: bool) -> None:
+    """Raise an InputError for optimizers that would see a gradient of fp16 as its scaler made it."""
+    made: Any = getattr(module.make_optimizer, "func", module.make_optimizer)
+    if made is OnePassAdamW:
+        what = "adamw_one_pass does not unscale fp16 gradients"
+        raise InputError("optimizer", what, "use optimizer=adamw, or trainer.precision=bf16-mixed")
+    if clips and getattr(module.make_optimizer, "keywords", {}).get("fused"):  # it unscales after clipping
+        what = "true cannot clip fp16 gradients"
+        raise InputError("optimizer.fused", what, "set it false, or use trainer.precision=bf16-mixed")
 
 
 def require_shardable(module: TrainingModule, scaled: bool) -> None:

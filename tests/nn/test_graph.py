@@ -35,7 +35,7 @@ class Recorder:
     def __init__(self):
         self.recorded = self.replayed = 0
 
-    def __call__(self, work):
+    def __call__(self, work, device):
         self.recorded += 1
         out = work()
 

@@ -11,7 +11,7 @@ from ldm import random  # noqa: E402
 from ldm.backbones.unet import CrossAttentionUNet  # noqa: E402
 from ldm.nn import norm  # noqa: E402
 from ldm.nn.kernels import normal  # noqa: E402
-from ldm.nn.kernels.group_norm import backward, forward, group_norm  # noqa: E402
+from ldm.nn.kernels.group_norm import SUMMED, _Sizes, backward, forward, group_norm  # noqa: E402
 from ldm.types import Conditioning  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of the interpreter
@@ -94,6 +94,16 @@ def test_group_norm_of_values_far_from_zero_does_not_cancel():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_large_pictures_and_wide_groups_are_dealt_as_cuda_can_take_them():
+    large = _Sizes(torch.empty(1, 128, 1536, 1536, device="meta"), 32)
+    assert large.all[0] * large.rows >= 1536**2
+    for grid in (large.all, large.partly, large.grouped):
+        assert max(grid[1:]) < 65_536, "of CUDA's axes the first alone is longer"
+    wide = _Sizes(torch.empty(2, 1024, 128, 128, device="meta"), 1)
+    assert wide.group["PARTS"] * wide.group["COLS"] <= SUMMED
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the tensors that opcheck makes
 def test_the_operators_are_what_torch_expects_of_operators():
     x, e, weight, bias, dy = tensors((2, 16, 3, 3, 4), torch.float32, True)
     leaves = [t.requires_grad_() for t in (x, e, weight, bias)]

@@ -7,6 +7,7 @@ from lightning.pytorch.plugins.precision import DoublePrecision, MixedPrecision,
 from lightning.pytorch.profilers import SimpleProfiler
 
 import train
+from ldm.errors import InputError
 from ldm.training import loop
 
 
@@ -17,7 +18,7 @@ def test_it_trains_what_lightnings_loop_trains(
 ):
     accumulate = f"trainer.accumulate_grad_batches={micro_batches}"
     assert train.command(recipe(stage, "ours", accumulate)) == 0
-    monkeypatch.setattr(loop, "install", lambda trainer: None)
+    monkeypatch.setattr(loop, "install", lambda trainer, module: None)
     assert train.command(recipe(stage, "theirs", accumulate)) == 0
     assert_same_run(tmp_path / "ours", tmp_path / "theirs")
 
@@ -52,7 +53,7 @@ def test_a_profiler_hears_of_all_that_lightning_does():
     made |= {"accelerator": "cpu", "enable_model_summary": False, "callbacks": [Noting("a", [])]}
     watched, trainer = pl.Trainer(profiler=SimpleProfiler(), **made), pl.Trainer(**made)
     for each in (watched, trainer):
-        loop.install(each)
+        loop.install(each, pl.LightningModule())
     assert not isinstance(watched.fit_loop.epoch_loop, loop.StepLoop)
     assert type(watched.callbacks[0]) is Noting
     assert isinstance(trainer.fit_loop.epoch_loop, loop.StepLoop)
@@ -71,5 +72,36 @@ def test_a_profiler_hears_of_all_that_lightning_does():
 def test_a_step_with_a_scaler_is_lightnings(precision, ours):
     made = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = pl.Trainer(plugins=[precision], accelerator="cpu", enable_model_summary=False, **made)
-    loop.install(trainer)
+    loop.install(trainer, pl.LightningModule())
     assert ("optimizer_step" in vars(trainer.strategy)) is ours
+
+
+class Moving(pl.LightningModule):
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        return batch
+
+
+class Zeroing(pl.Callback):
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        pass
+
+
+class Looking(pl.LightningModule):
+    def on_after_backward(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("module", "callbacks", "words"),
+    [
+        (Moving(), [], "^Moving: transfer_batch_to_device is not called by ldm's loop; do it in"),
+        (Looking(), [], "^Looking: on_after_backward is not"),
+        (pl.LightningModule(), [Zeroing()], "^Zeroing: on_before_zero_grad is not"),
+    ],
+)
+def test_a_hook_that_would_never_be_called_is_refused(module, callbacks, words):
+    made = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    made |= {"accelerator": "cpu", "enable_model_summary": False, "callbacks": callbacks}
+    with pytest.raises(InputError, match=words):
+        loop.install(pl.Trainer(**made), module)
+    loop.install(pl.Trainer(profiler=SimpleProfiler(), **made), module)  # Lightning's calls them all

@@ -1,6 +1,9 @@
 """AdamW in one pass: torch's AdamW, clip_grad_norm_ and a moving average, step for step."""
 
 import copy
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from torch import nn
 import train
 from ldm.checkpoints import native
 from ldm.errors import InputError
-from ldm.training import one_pass
+from ldm.training import one_pass, strategies
 from ldm.training.one_pass import OnePassAdamW
 from tests.training.test_speed import losses
 
@@ -148,6 +151,66 @@ def test_parameters_without_a_gradient_stay(way):
     optimizer.step()
     assert torch.equal(made[0], before)
     assert not torch.equal(made[1], parameters()[1])
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_parameters_that_come_later_are_corrected_for_their_own_steps(resumed, monkeypatch):
+    monkeypatch.setattr(one_pass, "_fits", lambda parameters: True)
+    theirs, mine = parameters(), parameters()
+    plain = torch.optim.AdamW(groups(theirs), lr=1e-3, betas=(0.9, 0.99), fused=True)
+    optimizer = ours(mine)
+    for step in range(6):
+        for made, each in ((theirs, plain), (mine, optimizer)):
+            for p, g in zip(made, gradients(step), strict=True):
+                p.grad = torch.empty_like(p).copy_(g)
+            if step < 3:
+                made[0].grad = made[5].grad = None
+            each.step()
+        if resumed and step == 3:
+            state, optimizer = copy.deepcopy(optimizer.state_dict()), ours(mine)
+            optimizer.load_state_dict(state)
+    assert_alike(mine, theirs)
+
+
+def test_the_state_of_an_adamw_that_was_not_fused_is_taken_over(monkeypatch):
+    monkeypatch.setattr(one_pass, "_fits", lambda parameters: True)
+    theirs = parameters()
+    plain = torch.optim.AdamW(groups(theirs), lr=1e-3, betas=(0.9, 0.99), foreach=True)
+    for p in theirs:
+        p.grad = torch.ones_like(p)
+    plain.step()
+    mine = [nn.Parameter(p.detach().clone()) for p in theirs]
+    optimizer = ours(mine)
+    optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert all(group["fused"] for group in optimizer.param_groups)
+    assert all(state["step"].device == p.device for p, state in optimizer.state.items())
+    for made in (theirs, mine):
+        for p in made:
+            p.grad = torch.ones_like(p)
+    plain.step()
+    optimizer.step()
+    assert_alike(mine, theirs)
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_what_one_pass_does_not_do_is_refused(option):
+    with pytest.raises(InputError, match=f"^optimizer.{option}: is not part of one pass; use"):
+        OnePassAdamW(parameters(), lr=1e-3, **{option: True})
+
+
+@pytest.mark.parametrize(
+    ("made", "clips", "place"),
+    [
+        (partial(OnePassAdamW, lr=1e-3), False, "optimizer: adamw_one_pass does not"),
+        (partial(torch.optim.AdamW, fused=True), True, "optimizer.fused: true cannot"),
+        (partial(torch.optim.AdamW, fused=True), False, None),
+        (partial(torch.optim.AdamW), True, None),
+    ],
+)
+def test_a_gradient_as_a_scaler_made_it_is_refused(made, clips, place):
+    module = SimpleNamespace(make_optimizer=made)
+    with nullcontext() if place is None else pytest.raises(InputError, match=f"^{place}"):
+        strategies.require_scalable(module, clips)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -98,11 +98,12 @@ class Table:
         """One step, in place. `told` float32 [4] on the device: whether to step (0 or 1), factor on the
         gradients, 1 - beta1^t, sqrt(1 - beta2^t). `average_rate`: 1 - decay; None: no averages.
         """
-        _step[(self.owner.numel(),)](
-            *(self.where, self.sizes, self.owner, self.start, told, self.sizes.numel()),
-            *(lr, *betas, eps, weight_decay, average_rate or 0.0),
-            AVERAGE=average_rate is not None, CHUNK=CHUNK, BLOCK=BLOCK,
-        )  # fmt: skip
+        with torch.cuda.device_of(told):
+            _step[(self.owner.numel(),)](
+                *(self.where, self.sizes, self.owner, self.start, told, self.sizes.numel()),
+                *(lr, *betas, eps, weight_decay, average_rate or 0.0),
+                AVERAGE=average_rate is not None, CHUNK=CHUNK, BLOCK=BLOCK,
+            )  # fmt: skip
 
 
 def _sent(values: Sequence[int], device: torch.device) -> Tensor:

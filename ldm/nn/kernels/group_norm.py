@@ -21,6 +21,7 @@ from torch import Tensor
 
 TILE = 4096  # values that a program holds at once
 CHUNKS = 64  # parts, at most, that the pixels of a picture are dealt into for sums
+SUMMED = 8192  # values of a group, at most, of which a program makes one
 
 
 @triton.jit
@@ -87,8 +88,8 @@ def _forward(
     x, e, weight, bias, mean, rstd, y, pixels, channels, groups,
     HAS_E: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    picture = tl.program_id(0)
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    picture = tl.program_id(1)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(2) * COLS + tl.arange(0, COLS)
     inside = columns < channels
     group = picture * groups + columns // (channels // groups)
@@ -179,8 +180,8 @@ def _backward(
     x, e, weight, bias, mean, rstd, m1, m2, dy, dx, pixels, channels, groups,
     HAS_E: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    picture = tl.program_id(0)
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    picture = tl.program_id(1)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(2) * COLS + tl.arange(0, COLS)
     inside = columns < channels
     group = picture * groups + columns // (channels // groups)
@@ -213,16 +214,15 @@ class _Sizes:
         self.cols = min(triton.next_power_of_2(self.channels), 128)
         self.rows = TILE // self.cols
         tiles = triton.cdiv(self.pixels, self.rows)
-        self.chunk = triton.cdiv(tiles, min(tiles, CHUNKS)) * self.rows
+        width = triton.next_power_of_2(self.channels // groups)
+        chunks = min(tiles, CHUNKS, max(1, SUMMED // width))
+        self.chunk = triton.cdiv(tiles, chunks) * self.rows
         self.chunks = triton.cdiv(self.pixels, self.chunk)
         self.wide = triton.cdiv(self.channels, self.cols)
         self.tile = {"ROWS": self.rows, "COLS": self.cols}
-        self.group = {
-            "PARTS": triton.next_power_of_2(self.chunks),
-            "COLS": triton.next_power_of_2(self.channels // groups),
-        }
-        self.partly = (self.pictures, self.chunks, self.wide)  # grids
-        self.all = (self.pictures, tiles, self.wide)
+        self.group = {"PARTS": triton.next_power_of_2(self.chunks), "COLS": width}
+        self.partly = (self.pictures, self.chunks, self.wide)  # grids: CUDA's first axis alone is long
+        self.all = (tiles, self.pictures, self.wide)
         self.grouped = (self.pictures, groups)
 
     def partials(self, x: Tensor) -> Tensor:
@@ -240,17 +240,18 @@ def forward(
     moments = x.new_empty((2, size.pictures, groups), dtype=torch.float32)
     channel = x.new_empty((size.pictures, size.channels) if e is not None else (0,), dtype=torch.float32)
     y, added = torch.empty_like(x), x if e is None else e.contiguous()
-    _moments[size.partly](x, means, squares, size.pixels, size.channels, size.chunk, **size.tile)
-    _group_moments[size.grouped](
-        *(means, squares, added, moments[0], moments[1], channel),
-        *(size.pixels, size.channels, size.chunk, size.chunks, groups, eps, e is not None),
-        **size.group,
-    )
-    _forward[size.all](
-        *(x, added, weight, bias, moments[0], moments[1], y),
-        *(size.pixels, size.channels, groups, e is not None, silu),
-        **size.tile,
-    )
+    with torch.cuda.device_of(x):
+        _moments[size.partly](x, means, squares, size.pixels, size.channels, size.chunk, **size.tile)
+        _group_moments[size.grouped](
+            *(means, squares, added, moments[0], moments[1], channel),
+            *(size.pixels, size.channels, size.chunk, size.chunks, groups, eps, e is not None),
+            **size.group,
+        )
+        _forward[size.all](
+            *(x, added, weight, bias, moments[0], moments[1], y),
+            *(size.pixels, size.channels, groups, e is not None, silu),
+            **size.tile,
+        )
     return y, moments, channel
 
 
@@ -268,21 +269,22 @@ def backward(
     one, two = x.new_empty((2, size.pictures, size.channels), dtype=torch.float32)
     de = torch.empty_like(added) if e is not None else x.new_empty((0,))
     dx = torch.empty_like(x)
-    _sums[size.partly](
-        *(x, added, weight, bias, moments[0], moments[1], dy, s1, s2),
-        *(size.pixels, size.channels, groups, size.chunk, e is not None, silu),
-        **size.tile,
-    )
-    _group_sums[size.grouped](
-        *(s1, s2, weight, moments[0], moments[1], channel, m1, m2, one, two, de),
-        *(size.pixels, size.channels, size.chunks, groups, e is not None),
-        **size.group,
-    )
-    _backward[size.all](
-        *(x, added, weight, bias, moments[0], moments[1], m1, m2, dy, dx),
-        *(size.pixels, size.channels, groups, e is not None, silu),
-        **size.tile,
-    )
+    with torch.cuda.device_of(x):
+        _sums[size.partly](
+            *(x, added, weight, bias, moments[0], moments[1], dy, s1, s2),
+            *(size.pixels, size.channels, groups, size.chunk, e is not None, silu),
+            **size.tile,
+        )
+        _group_sums[size.grouped](
+            *(s1, s2, weight, moments[0], moments[1], channel, m1, m2, one, two, de),
+            *(size.pixels, size.channels, size.chunks, groups, e is not None),
+            **size.group,
+        )
+        _backward[size.all](
+            *(x, added, weight, bias, moments[0], moments[1], m1, m2, dy, dx),
+            *(size.pixels, size.channels, groups, e is not None, silu),
+            **size.tile,
+        )
     return dx, de, two.sum(0).to(weight.dtype), one.sum(0).to(bias.dtype)
 
 

@@ -106,7 +106,8 @@ def launch(seed: int, n: Tensor, purpose: str, shape: Sequence[int]) -> Tensor:
     out = torch.empty((len(n), count), dtype=torch.float32, device=n.device)
     grid = (len(n), triton.cdiv(half, BLOCK))
     more = {"BLOCK": BLOCK, "enable_fp_fusion": False}
-    _normal[grid](key, _constants(n.device), out, zlib.crc32(purpose.encode()), count, half, **more)
+    with torch.cuda.device_of(n):
+        _normal[grid](key, _constants(n.device), out, zlib.crc32(purpose.encode()), count, half, **more)
     return out.reshape(len(n), *shape)
 
 

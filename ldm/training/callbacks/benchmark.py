@@ -7,6 +7,7 @@ was told, at the ends of windows of some steps; what a step does before `warm_up
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from ldm.training.module import TrainingModule
 from ldm.types import Batch
 
 LEAST = 3  # windows
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -87,20 +89,22 @@ def advice(facts: Facts) -> list[str]:
     found: list[tuple[float, str]] = []
     gpu, on = facts.device != "cpu", facts.options
     wait, spare = facts.data_wait, max(facts.cores - facts.devices, 1) // facts.devices
+    shares = []  # of the time, that a cache of latents would save
     if wait > 0.03:
         gain, told = wait / (1 - wait), f"{wait:.0%} of the time went into waiting for data"
         if facts.workers < spare:
             found.append((gain, f"data.num_workers={spare} (now {facts.workers}): {told}"))
         elif not on["cached"]:
-            found.append(
-                (gain, f"`ldm data cache` makes latents once (docs/cache.md): {told}, and all cores read")
-            )
+            shares.append((wait, f"{told}, and all cores read"))
         else:
             found.append((gain, f"faster storage, or data.cache_dir on the node's own disk: {told}"))
     if (facts.encoders or 0) > 0.05:
         share = cast(float, facts.encoders)
-        told = f"encoders that are not trained take {share:.0%} of a step"
-        found.append((share / (1 - share), f"`ldm data cache` makes latents once (docs/cache.md): {told}"))
+        shares.append((share, f"encoders that are not trained take {share:.0%} of a step"))
+    if shares:
+        saved = min(sum(share for share, _ in shares), 0.99)
+        told = "; ".join(text for _, text in shares)
+        found.append((saved / (1 - saved), f"`ldm data cache` makes latents once (docs/cache.md): {told}"))
     if gpu and facts.precision.startswith("32"):
         found.append((1.0, "trainer.precision=bf16-mixed: float32 leaves most of the device unused"))
     if on["gradient_checkpointing"] and facts.memory < 0.5 * facts.memory_total:
@@ -193,15 +197,13 @@ class Benchmark(StepCallback):
         device, data = module.device, cast(Any, trainer).datamodule
         each = self.window * data.global_batch_size
         rates = [each / seconds for seconds, _ in self.windows]
-        low, _, high = quantiles(rates, n=4)
+        low, _, high = quantiles(rates, n=4) if len(rates) > 1 else rates * 3
         spent, waited = (sum(column) for column in zip(*self.windows, strict=True))
         step = median(seconds for seconds, _ in self.windows) / self.window
         peak, peak_is = peak_of(device, str(trainer.precision))
         speed, backbone = self.cfg.get("speed") or {}, self.cfg.get("backbone") or {}
-        total, cores = (
-            memory_of(device),
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        )
+        affine = hasattr(os, "sched_getaffinity")  # not on every system
+        cores = len(os.sched_getaffinity(0)) if affine else os.cpu_count()
         return Facts(
             device=device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
             devices=trainer.world_size,
@@ -216,7 +218,7 @@ class Benchmark(StepCallback):
             peak=peak,
             peak_is=peak_is,
             memory=1e9 * memory(device),
-            memory_total=total,
+            memory_total=memory_of(device),
             host_memory=1e9 * memory(torch.device("cpu")),
             start=self._start,
             first_step=self._first,
@@ -233,13 +235,12 @@ class Benchmark(StepCallback):
         )
 
     def _flop(self, step: int) -> float | None:
-        from ldm.training.flops import (
-            flops_per_image,
-        )  # late: it builds modules, as `assembly` does, its importer
+        from ldm.training.flops import flops_per_image  # late: its importer is `assembly`, which it uses
 
         try:
             return flops_per_image(self.cfg, self._batch, step) or None
-        except Exception:  # a network that cannot be counted has no MFU
+        except Exception as error:  # a network that cannot be counted has no MFU
+            log.warning("no MFU: its operations cannot be counted (%s: %s)", type(error).__name__, error)
             return None
 
     def _encoders(self, trainer: pl.Trainer, module: Any, step: float) -> float | None:
@@ -288,9 +289,8 @@ def peak_of(device: torch.device, precision: str) -> tuple[float, str]:
         began = settled(device)
         a @ a
         took.append(settled(device) - began)
-    return 2 * side**3 / min(
-        took[1:]
-    ), f"a matrix product of {side} in {str(dtype).removeprefix('torch.')} here"
+    name = str(dtype).removeprefix("torch.")
+    return 2 * side**3 / min(took[1:]), f"a matrix product of {side} in {name} here"
 
 
 def memory_of(device: torch.device) -> float:
