@@ -21,6 +21,7 @@ from ldm.pictures import parse_recipe, to_tensor
 from ldm.pipeline import Pipeline
 from ldm.sampling.request import soft_edge
 from ldm.types import Conditioning
+from tests.taped import Recorder
 
 COLOURS = {
     "red": (0.8, -0.6, -0.6),
@@ -491,9 +492,7 @@ def test_the_fused_norm_draws_the_same_and_is_of_the_pipeline(tiny_run, monkeypa
 def test_a_graph_of_the_backbone_draws_the_same(tiny_run, monkeypatch):
     """With what stands in for a graph, one for the passes with guidance and one for those without."""
     made = []
-    monkeypatch.setattr(
-        "ldm.pipeline.Graphed", lambda net: made.append(Graphed(net, lambda work, device: work)) or made[-1]
-    )
+    monkeypatch.setattr("ldm.pipeline.Graphed", lambda net: made.append(Graphed(net, Recorder())) or made[-1])
     monkeypatch.setattr(Pipeline, "_may_record", lambda self: True)
     options = {"num_images": 3, "batch_size": 2, "guidance_interval": (1.0, 5.0), "sampler": "heun"}
     pipe = ldm.load(tiny_run, device="cpu", speed={"cuda_graph": True})

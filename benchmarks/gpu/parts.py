@@ -188,17 +188,19 @@ def sampling() -> Iterator[dict[str, Any]]:
     from ldm.diffusion.noise_scheduler import VariancePreserving
     from ldm.diffusion.samplers import ddim
     from ldm.nn.compiling import compile_blocks
+    from ldm.nn.graph import Graphed
 
     steps, count, side = (2, 1, 8) if TOY else (50, 8, 64)
     process = VariancePreserving()
     grid: list[GridRow] = process.grid(steps, "trailing")  # type: ignore[assignment]
-    for setting in (step.LAST, step.FUSED, step.BEST):
+    for setting in (step.LAST, step.FUSED, step.BEST, step.GRAPHED):
         net = device.unet("sd1").eval().to(memory_format=torch.channels_last)
         if setting.compiled and not TOY:
             compile_blocks(net)
         batch = device.batch_of("sd1", count, side)
         told = Conditioning(context=batch["context"].bfloat16())
-        denoise = guided(Denoiser(net, process), told, Conditioning(context=0 * told.context), 7.5)  # type: ignore[operator]
+        network: Any = Graphed(net) if setting.graph and not TOY else net
+        denoise = guided(Denoiser(network, process), told, Conditioning(context=0 * told.context), 7.5)  # type: ignore[operator]
         x = batch["x"].contiguous(memory_format=torch.channels_last)
 
         @torch.no_grad()

@@ -20,6 +20,7 @@ from ldm.nn.attention import use_fused_qkv
 from ldm.nn.attention_choice import use_attention
 from ldm.nn.compiling import compile_blocks
 from ldm.nn.norm import use_fused
+from ldm.training.one_pass import OnePassAdamW
 from ldm.types import Conditioning
 
 CLIP, DECAY, RATE = 1.0, 0.9999, 1e-4
@@ -38,6 +39,7 @@ class Setting:
     attention: str = "default"  # see ldm.nn.attention_choice
     average: bool = True  # EMA
     graph: bool = False  # the whole step as one CUDA graph
+    one_pass: bool = False  # our AdamW, which clips and averages as it goes
 
 
 EAGER = Setting("ours, eager, channels first")
@@ -47,8 +49,10 @@ BEST = Setting("+ compiled blocks", last=True, fused=True, compiled=True)
 COMPILED = Setting("compiled blocks, torch's group norm", last=True, compiled=True)
 JOINT = replace(BEST, name="with one product for q, k and v", joint=True)
 CHOSEN = replace(BEST, name="with attention chosen by shape", attention="auto")
+ONE_PASS = replace(BEST, name="with clipping, AdamW and EMA in one pass", one_pass=True)
+GRAPHED = replace(BEST, name="+ CUDA graph", graph=True)
 PLAIN = replace(BEST, name="without EMA", average=False)
-ABLATION = (EAGER, LAST, FUSED, BEST, COMPILED, JOINT, CHOSEN, PLAIN)
+ABLATION = (EAGER, LAST, FUSED, BEST, COMPILED, JOINT, CHOSEN, ONE_PASS, PLAIN)
 PEERS = (
     Setting("diffusers, eager", peer=True),
     Setting("diffusers, eager, channels last", peer=True, last=True),
@@ -71,8 +75,11 @@ class Training:
             self.net.compile() if setting.peer else compile_blocks(self.net)
         self.parameters = list(self.net.parameters())
         self.average = [p.detach().clone() for p in self.parameters] if setting.average else []
-        more = {"capturable": True} if setting.graph else {}
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, fused=True, **more)
+        if setting.one_pass:
+            self.optimizer: torch.optim.Optimizer = OnePassAdamW(self.parameters, lr=RATE)
+        else:
+            more = {"capturable": True} if setting.graph else {}
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, fused=True, **more)
         self.loss = torch.zeros((), device=DEVICE)
         self.replay: Callable[[], None] | None = None
 
@@ -87,12 +94,18 @@ class Training:
         with torch.autocast(DEVICE.type, torch.bfloat16):
             loss = F.mse_loss(self.predict(noisy).float(), self.batch["noise"])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
-        self.optimizer.step()
+        if isinstance(self.optimizer, OnePassAdamW):
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            self.optimizer.clip_to(norm, CLIP)
+            self.optimizer.average_with(dict(zip(self.parameters, self.average, strict=True)), DECAY)
+            self.optimizer.step()
+        else:
+            torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
+            self.optimizer.step()
+            if self.average:
+                with torch.no_grad():
+                    torch._foreach_lerp_(self.average, self.parameters, 1 - DECAY)
         self.optimizer.zero_grad(set_to_none=not self.setting.graph)
-        if self.average:
-            with torch.no_grad():
-                torch._foreach_lerp_(self.average, self.parameters, 1 - DECAY)
         self.loss.copy_(loss.detach())
 
     def step(self) -> None:
@@ -176,7 +189,7 @@ def sweep(name: str, side: int, batches: tuple[int, ...]) -> Iterator[dict[str, 
 def host_bound(name: str) -> Iterator[dict[str, Any]]:
     """Small batches at 256 px, where the host decides: with and without one CUDA graph of the step."""
     for count in (2, 4):
-        for setting in (LAST, BEST, replace(BEST, name="+ CUDA graph", graph=True), *contestants()[-3:-2]):
+        for setting in (LAST, BEST, GRAPHED, *contestants()[-3:-2]):
             yield {"model": name, **measured(name, setting, count, 32, 5, 20)}
 
 

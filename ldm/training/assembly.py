@@ -32,6 +32,7 @@ from ldm.training.callbacks.metrics import MetricsLog
 from ldm.training.callbacks.progress import ProgressBar
 from ldm.training.callbacks.throughput import Throughput
 from ldm.training.children import LAUNCHER, tie
+from ldm.training.graphed import graphed
 from ldm.training.module import TrainingModule
 from ldm.training.optim import freeze, parameter_rules
 
@@ -219,6 +220,9 @@ def build_trainer(
     loop.install(trainer, module)
     strategies.check(trainer, module)
     quicken(cfg.get("speed") or {}, module, bool(cfg.get("deterministic")))
+    if (cfg.get("speed") or {}).get("cuda_graph"):
+        steps: Any = trainer.fit_loop.epoch_loop
+        steps.graphed = graphed(trainer, module, datamodule, isinstance(steps, loop.StepLoop))
     datamodule.check_batch(trainer.num_devices * trainer.num_nodes, trainer.accumulate_grad_batches)
     launch.note_run(cfg["run_dir"])
     return trainer

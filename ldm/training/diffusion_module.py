@@ -55,12 +55,15 @@ class LatentDiffusionModule(TrainingModule):
         seed: int = 0,
         offset_noise: float = 0.0,
         ema_lengths: Sequence[float] = (),
+        encode_batch: int | None = None,
     ) -> None:
         super().__init__(optimizer, lr_schedule, ema_decay, seed, ema_lengths)
         if not 0 <= drop <= 1:
             raise ValueError(f"drop={drop} must be in [0, 1]")
         if offset_noise < 0:
             raise ValueError(f"offset_noise={offset_noise} is below 0")
+        if encode_batch is not None and encode_batch < 1:
+            raise ValueError(f"encode_batch={encode_batch} is below 1; null encodes the whole batch at once")
         conditioner.use_autoencoder(autoencoder)
         check_widths(autoencoder, conditioner, backbone)
         self.backbone, self.noise_scheduler = backbone, noise_scheduler
@@ -71,6 +74,7 @@ class LatentDiffusionModule(TrainingModule):
             self.keep_frozen("conditioner", conditioner)
         self.denoiser = Denoiser(backbone, noise_scheduler, weighting)
         self.time_distribution, self.drop, self.offset_noise = time_distribution, drop, offset_noise
+        self.encode_batch = encode_batch
         noisiest = noise_scheduler.time_at(torch.tensor([1 - 2.0**-20]))
         if float(weighting(noise_scheduler, noisiest)) == 0:
             raise ValueError(
@@ -94,7 +98,8 @@ class LatentDiffusionModule(TrainingModule):
             moments = batch.moments
             if moments is None:
                 assert batch.image is not None
-                moments = autoencoder.moments(to_unit(batch.image, self.dtype))
+                parts = batch.image.split(self.encode_batch or len(batch))
+                moments = torch.cat([autoencoder.moments(to_unit(part, self.dtype)) for part in parts])
             else:
                 moments = moments.to(self.dtype)  # they may be stored in half precision
             shape = (autoencoder.latent_channels, *moments.shape[2:])

@@ -21,6 +21,7 @@ from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor
 
 from ldm.errors import InputError
+from ldm.training.graphed import GraphedStep
 from ldm.training.prefetch import Prefetch
 
 UNCALLED = (  # hooks of Lightning that this loop does without
@@ -102,6 +103,7 @@ class StepLoop(_TrainingEpochLoop):
     """An endless stream of batches and one optimizer, whose steps Lightning counts."""
 
     prefetch: Prefetch | None = None
+    graphed: GraphedStep | None = None  # forward and backward pass, where speed.cuda_graph asks for it
 
     @property
     def global_step(self) -> int:
@@ -147,6 +149,9 @@ class StepLoop(_TrainingEpochLoop):
         outputs: dict[str, Tensor] = {}
 
         def closure() -> Tensor:
+            if self.graphed is not None:
+                outputs["loss"] = self.graphed(batch)
+                return outputs["loss"]
             loss: Any = strategy.training_step(batch, index)
             loss = loss / micro if micro > 1 else loss
             outputs["loss"] = loss.detach()

@@ -51,6 +51,14 @@ class Sums:
         if len(self.totals) >= MOST_KEPT:
             self.pair()
 
+    def extend(self, totals: list[Tensor], counts: list[Tensor], counted: float) -> None:
+        """What was kept elsewhere, as `add` would have it."""
+        self.totals += totals
+        self.counts += counts
+        self.counted += counted
+        if len(self.totals) >= MOST_KEPT:
+            self.pair()
+
     def pair(self) -> Tensor:
         """float64 [2]: sum and count."""
         total = torch.stack(self.totals).double().sum()

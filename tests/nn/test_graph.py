@@ -7,6 +7,7 @@ from ldm.backbones.unet import CrossAttentionUNet
 from ldm.nn import graph
 from ldm.nn.graph import Graphed
 from ldm.types import Conditioning
+from tests.taped import Recorder
 
 SIZES = {"in_channels": 4, "out_channels": 4, "block_out_channels": [8, 16], "layers_per_block": 1}
 SIZES |= {"transformer_depth": [0, 1], "head_dim": 8, "context_dim": 6, "norm_groups": 4}
@@ -29,23 +30,6 @@ def given(seed, b=2, side=8, tokens=3, mask=False, device="cpu"):
     return x.to(device), torch.full((b,), 500.0 + seed, device=device), told
 
 
-class Recorder:
-    """In the place of a graph: computes again, into one tensor, from the tensors of the first time."""
-
-    def __init__(self):
-        self.recorded = self.replayed = 0
-
-    def __call__(self, work, device):
-        self.recorded += 1
-        out = work()
-
-        def replay():
-            self.replayed += 1
-            return out.copy_(work())
-
-        return replay
-
-
 @torch.no_grad()
 def test_each_set_of_shapes_is_recorded_once_and_replayed_on_new_values():
     net, recorder = unet(), Recorder()
@@ -62,7 +46,7 @@ def test_each_set_of_shapes_is_recorded_once_and_replayed_on_new_values():
     for call in calls:
         found.append(quick(*call))
         expected.append(net(*call))
-    assert recorder.recorded == 4
+    assert len(recorder.tapes) == 4
     assert recorder.replayed == len(calls)
     for a, b in zip(found, expected, strict=True):  # none was written over by a later one
         assert torch.equal(a, b)
@@ -75,7 +59,7 @@ def test_types_under_autocast_have_graphs_of_their_own():
     plain = quick(*given(0))
     with torch.autocast("cpu", torch.bfloat16):
         low, expected = quick(*given(0)), net(*given(0))
-    assert recorder.recorded == 2
+    assert len(recorder.tapes) == 2
     assert torch.equal(low, expected)
     assert not torch.equal(low.float(), plain)
 
@@ -88,7 +72,7 @@ def test_the_oldest_graph_goes():
         quick(*given(0, tokens=tokens))
     assert len(quick.graphs) == graph.MOST
     quick(*given(0, tokens=2))
-    assert recorder.recorded == graph.MOST + 3
+    assert len(recorder.tapes) == graph.MOST + 3
 
 
 @pytest.mark.gpu

@@ -159,6 +159,19 @@ def test_cached_moments_give_the_loss_of_their_pictures(networks):
     torch.testing.assert_close(module.training_step(cached, 0), module.training_step(batch, 0))
 
 
+@pytest.mark.parametrize(("at_once", "calls"), [(None, [5]), (2, [2, 2, 1]), (8, [5])])
+def test_the_frozen_autoencoder_takes_as_many_pictures_as_it_is_told(at_once, calls, networks, monkeypatch):
+    whole, module = diffusion(networks), diffusion(networks, encode_batch=at_once)
+    autoencoder, seen = module.frozen["autoencoder"], []
+    encode = autoencoder.moments
+    monkeypatch.setattr(autoencoder, "moments", lambda images: seen.append(len(images)) or encode(images))
+    batch = batch_of(0, 5)
+    torch.testing.assert_close(module.latents(batch, "posterior"), whole.latents(batch, "posterior"))
+    assert seen == calls
+    with pytest.raises(ValueError, match="encode_batch=0 is below 1"):
+        diffusion(networks, encode_batch=0)
+
+
 def test_offset_noise_is_in_training_alone_and_in_state_and_target_alike(networks):
     plain, module = diffusion(networks, torch.float64), diffusion(networks, torch.float64, offset_noise=0.3)
     batch = batch_of(0, 6)
@@ -213,3 +226,8 @@ def test_sums_of_many_numbers_are_kept_in_few():
     exact = [sum(float(v) for v in values), sum(2.0 if i % 3 else 1.5 for i in range(600))]
     assert sums.pair().tolist() == exact
     assert sums.pair().tolist() == exact
+    many = Sums()
+    for part in (values[:300], values[300:]):
+        many.extend(part, [torch.tensor(2.0)] * len(part), 0.5)
+    assert len(many.totals) == 1
+    assert many.pair().tolist() == [exact[0], 1201.0]
