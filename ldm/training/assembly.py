@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -35,6 +35,7 @@ from ldm.training.children import LAUNCHER, tie
 from ldm.training.graphed import graphed
 from ldm.training.module import TrainingModule
 from ldm.training.optim import freeze, parameter_rules
+from ldm.training.working_weights import working_weights
 
 log = logging.getLogger(__name__)
 
@@ -219,10 +220,13 @@ def build_trainer(
         )
     loop.install(trainer, module)
     strategies.check(trainer, module)
-    quicken(cfg.get("speed") or {}, module, bool(cfg.get("deterministic")))
-    if (cfg.get("speed") or {}).get("cuda_graph"):
-        steps: Any = trainer.fit_loop.epoch_loop
-        steps.graphed = graphed(trainer, module, datamodule, isinstance(steps, loop.StepLoop))
+    speed, steps = cfg.get("speed") or {}, cast(Any, trainer.fit_loop.epoch_loop)
+    ours = isinstance(steps, loop.StepLoop)
+    quicken(speed, module, bool(cfg.get("deterministic")))
+    if speed.get("bf16_weights"):
+        steps.working = working_weights(trainer, module, ours, bool(speed.get("cuda_graph")))
+    if speed.get("cuda_graph"):
+        steps.graphed = graphed(trainer, module, datamodule, ours)
     datamodule.check_batch(trainer.num_devices * trainer.num_nodes, trainer.accumulate_grad_batches)
     launch.note_run(cfg["run_dir"])
     return trainer

@@ -23,6 +23,7 @@ from torch import Tensor
 from ldm.errors import InputError
 from ldm.training.graphed import GraphedStep
 from ldm.training.prefetch import Prefetch
+from ldm.training.working_weights import WorkingWeights
 
 UNCALLED = (  # hooks of Lightning that this loop does without
     *("backward", "lr_scheduler_step", "optimizer_zero_grad", "on_before_zero_grad"),
@@ -103,6 +104,7 @@ class StepLoop(_TrainingEpochLoop):
     """An endless stream of batches and one optimizer, whose steps Lightning counts."""
 
     prefetch: Prefetch | None = None
+    working: WorkingWeights | None = None  # in bf16, where speed.bf16_weights asks for them
     graphed: GraphedStep | None = None  # forward and backward pass, where speed.cuda_graph asks for it
 
     @property
@@ -152,15 +154,17 @@ class StepLoop(_TrainingEpochLoop):
             if self.graphed is not None:
                 outputs["loss"] = self.graphed(batch)
                 return outputs["loss"]
-            loss: Any = strategy.training_step(batch, index)
-            loss = loss / micro if micro > 1 else loss
-            outputs["loss"] = loss.detach()
-            if index % micro == 0:
-                optimizer.zero_grad()
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            loss = scaler.scale(loss) if scaler is not None else loss
-            callbacks.on_before_backward(trainer, module, loss)
-            loss.backward()
+            first = index % micro == 0
+            with nullcontext() if self.working is None else self.working.used(first):
+                loss: Any = strategy.training_step(batch, index)
+                loss = loss / micro if micro > 1 else loss
+                outputs["loss"] = loss.detach()
+                if first:
+                    optimizer.zero_grad()
+                scaler = getattr(trainer.precision_plugin, "scaler", None)
+                loss = scaler.scale(loss) if scaler is not None else loss
+                callbacks.on_before_backward(trainer, module, loss)
+                loss.backward()
             callbacks.on_after_backward(trainer, module)
             return outputs["loss"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
 
@@ -136,7 +136,10 @@ class DDP(Processes):
             whole = self.trained.trainer.accumulate_grad_batches == 1
             static = whole and not isinstance(self.trained, AutoencoderModule)
         self._ddp_kwargs["static_graph"] = static
-        super().configure_ddp()
+        loop: Any = self.trained.trainer.fit_loop.epoch_loop
+        working = getattr(loop, "working", None)  # gradients are those of working weights, if there are any
+        with nullcontext() if working is None else working.held():
+            super().configure_ddp()
         narrow = self.reduce_dtype == "bfloat16" or (self.reduce_dtype == "auto" and self.mixed_bf16())
         if narrow:  # Lightning registers hooks on GPUs alone
             cast(Any, self.model).register_comm_hook(None, bf16_compress_hook)
