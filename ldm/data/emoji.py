@@ -93,7 +93,7 @@ def caption_of(name: str, background: str) -> str:
 class EmojiSet:
     """All pictures and captions, drawn when asked for; the same for the same arguments everywhere.
 
-    `image_size` in pixels, `num_objects` None for all; `seed` decides which pairs are held out: one an object,
+    `image_size` in pixels; `num_objects` None: all; `seed` decides which pairs are held out: one an object,
     equally many a background.
     """
 

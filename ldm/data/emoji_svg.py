@@ -75,6 +75,8 @@ class SvgEmojiSet(EmojiSet):
             name = _plain(RENAMED.get(name, name))
             if category == "Flags" and "flag" not in name:
                 name = f"flag of {name}"
+            if name.endswith(("-thirty", "o'clock")):
+                name = f"clock at {name}"
             look = path.read_bytes()
             if look not in found or len(name) < len(found[look][0]):
                 found[look] = name, path
@@ -108,9 +110,9 @@ def _drawn(path: Path, size: int) -> Image.Image:
 
     side = round(size * FILL)
     png = resvg_py.svg_to_bytes(svg_path=str(path), width=side, height=side, skip_system_fonts=True)
-    sprite, corner = Image.open(io.BytesIO(png)).convert("RGBA"), (size - side) // 2
+    sprite = Image.open(io.BytesIO(png)).convert("RGBA")  # one of them, the watermelon, is not square
     picture = Image.new("RGBA", (size, size))
-    picture.paste(sprite, (corner, corner))
+    picture.paste(sprite, ((size - sprite.width) // 2, (size - sprite.height) // 2))
     return picture
 
 
@@ -128,7 +130,9 @@ class OnBackgrounds:
         self.held_out: Mapping[str, int] = {emoji.objects[i]: j for i, j in emoji.held_out}
 
     def fields(self, n: Ints) -> Part:
-        self.draws = keyed_uniform(self.seed, torch.from_numpy(np.ascontiguousarray(n)), "background").tolist()
+        self.draws = keyed_uniform(
+            self.seed, torch.from_numpy(np.ascontiguousarray(n)), "background"
+        ).tolist()
         image: Tensor = torch.zeros(len(n), 3, self.size, self.size, dtype=torch.uint8)
         return {"image": image, "crop": np.zeros((len(n), 2), np.int64)}
 

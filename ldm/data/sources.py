@@ -79,7 +79,7 @@ class EmojiDataModule(ShardDataModule):
 
 
 class SvgEmojiDataModule(EmojiDataModule):
-    """`SvgEmojiSet`: each time that an object comes it is on another background, but never the held-out one."""
+    """`SvgEmojiSet`: an object comes on another background each time, but never on the held-out one."""
 
     kind = SvgEmojiSet
 

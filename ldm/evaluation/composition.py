@@ -92,7 +92,9 @@ def score_pictures(pictures: Sequence[Image.Image], emoji_set: ReferenceSet) -> 
         references = np.stack([emoji_set.picture(i, j) for i in objects])
         found[on == j] = objects_of(arrays[on == j], references)
     object_right = (found == wanted).tolist()
-    background_right = [background_of(a, emoji_set.colours) == j for a, (_, j) in zip(arrays, pairs, strict=True)]
+    background_right = [
+        background_of(a, emoji_set.colours) == j for a, (_, j) in zip(arrays, pairs, strict=True)
+    ]
     return CompositionScore(
         background=float(np.mean(background_right)),
         object=float(np.mean(object_right)),

@@ -113,9 +113,7 @@ def report_autoencoder(pipe: Any, run: Path, data: Any) -> str:
     return evaluate_reconstruction(pipe.autoencoder, held_out_images(data.emoji_set)).line()
 
 
-def report_diffusion(
-    pipe: Any, run: Path, data: Any, batch_size: int = 45, shown: int | None = None
-) -> str:
+def report_diffusion(pipe: Any, run: Path, data: Any, batch_size: int = 45, shown: int | None = None) -> str:
     """For the end of training: do held-out pairs come out right; draws them into run/contact_sheet.png.
 
     `shown` of them, evenly spaced; None: all.

@@ -234,11 +234,19 @@ def test_debug_fast_shows_that_the_whole_quickstart_runs(tmp_path):
 @pytest.mark.slow
 def test_all_emoji_at_toy_size_on_a_cpu(tmp_path):
     """The path of the recipe for a GPU, less its size."""
-    size = ["data.num_objects=6", "data.image_size=32", f"data.cache_dir={tmp_path}/data", f"run_root={tmp_path}"]
+    size = [
+        "data.num_objects=6",
+        "data.image_size=32",
+        f"data.cache_dir={tmp_path}/data",
+        f"run_root={tmp_path}",
+    ]
     fewer = ["data.global_batch_size=4", "data.num_workers=1", "data.validation_batch_size=6"]
     for stage, more in (
         ("autoencoder", ["module.latent_samples=8"]),
-        ("diffusion", ["backbone.block_out_channels=[32,64]", "conditioner.width=64", "conditioner.layers=1"]),
+        (
+            "diffusion",
+            ["backbone.block_out_channels=[32,64]", "conditioner.width=64", "conditioner.layers=1"],
+        ),
     ):
         narrow = ["autoencoder.block_out_channels=[16,16]", "autoencoder.norm_groups=8"]
         argv = [f"experiment=emoji_{stage}", "debug=fast", "trainer=cpu", *size, *fewer, *narrow, *more]
