@@ -34,7 +34,7 @@ class Maker(Protocol):
         """What does not depend on n, and its size in bytes. Raises `BadImage`, whose text is the reason."""
 
     def finish(self, part: Part, i: int, prepared: Any) -> None:
-        """Put a sample into place i of a part that `fields` made."""
+        """Put a sample into place i of a part that `fields` made; its caption is there, and may change."""
 
 
 class Pictures:

@@ -14,9 +14,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldm.data.buckets import Regroup
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.emoji import EmojiSet
+from ldm.data.emoji_svg import OnBackgrounds, SvgEmojiSet
+from ldm.data.makers import Maker
+from ldm.data.mixture import Mixture
 from ldm.data.pack import ShardWriter, listing, made_once, pack
+from ldm.data.plan import Stream
+from ldm.data.turns import Turns
 from ldm.errors import InputError
 
 FORMAT = 1  # of the folder of synthetic pictures
@@ -28,23 +34,25 @@ log = logging.getLogger(__name__)
 class EmojiDataModule(ShardDataModule):
     """`EmojiSet` as train and validation (held-out) shards; `options` are those of `ShardDataModule`."""
 
+    kind: type[EmojiSet] = EmojiSet
+
     def __init__(
         self,
         cache_dir: str,
         image_size: int = 64,
-        num_objects: int = 135,
+        num_objects: int | None = 135,
         num_backgrounds: int = 8,
         held_out_seed: int = 0,
         **options: Any,
     ) -> None:
-        self.emoji_set = EmojiSet(image_size, num_objects, num_backgrounds, held_out_seed)
+        self.emoji_set = self.kind(image_size, num_objects, num_backgrounds, held_out_seed)
         self.cache_dir = cache_dir
         super().__init__(shards=[], image_size=image_size, validation_shards=[], **options)
 
     def known_size(self) -> int:
         """Known from the settings, packed or not."""
-        pairs = len(self.emoji_set.train_pairs)
-        return min(pairs, self.sets.limit or pairs)
+        samples = len(self.emoji_set.training()[0])
+        return min(samples, self.sets.limit or samples)
 
     def setup(self, stage: str | None = None) -> None:
         """Pack if need be, then index; the first process to finish packing wins."""
@@ -55,6 +63,15 @@ class EmojiDataModule(ShardDataModule):
                 [str(p) for p in held_out],
             )
         super().setup(stage)
+
+
+class SvgEmojiDataModule(EmojiDataModule):
+    """`SvgEmojiSet`: an object comes on another background each time, but never on the held-out one."""
+
+    kind = SvgEmojiSet
+
+    def maker(self, plan: Stream | Mixture | Regroup | Turns | None) -> Maker:
+        return super().maker(None) if plan is None else OnBackgrounds(self.emoji_set, self.seed)
 
 
 class SyntheticDataModule(ShardDataModule):

@@ -126,8 +126,8 @@ class Load:
                     if failures <= REPORTED and isinstance(self.plan, Walk):  # else the run's `Health` tells
                         log.warning("masked %s: %s", part["key"][i], error)
                     continue
-                self.maker.finish(part, i, prepared)
                 part["caption"][i], part["weight"][i] = caption, 1.0
+                self.maker.finish(part, i, prepared)
             first = int(n[0]) if len(n) else -1
             part["events"] = [(shard, reason, first) for shard, reason in reads.take_events()]
             yield part

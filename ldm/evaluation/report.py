@@ -113,11 +113,14 @@ def report_autoencoder(pipe: Any, run: Path, data: Any) -> str:
     return evaluate_reconstruction(pipe.autoencoder, held_out_images(data.emoji_set)).line()
 
 
-def report_diffusion(pipe: Any, run: Path, data: Any) -> str:
-    """For the end of training: do held-out pairs come out right; draws them into run/contact_sheet.png."""
-    score = evaluate_quickstart(pipe, data.emoji_set)
+def report_diffusion(pipe: Any, run: Path, data: Any, batch_size: int = 45, shown: int | None = None) -> str:
+    """For the end of training: do held-out pairs come out right; draws them into run/contact_sheet.png.
+
+    `shown` of them, evenly spaced; None: all.
+    """
+    score = evaluate_quickstart(pipe, data.emoji_set, batch_size=batch_size)
     sheet = run / "contact_sheet.png"
-    score.sheet().save(sheet)
+    score.sheet(shown).save(sheet)
     prompt = next((caption for caption in score.captions if "red apple" in caption), score.captions[0])
     following = f'python sample.py checkpoint={run} prompt="{prompt}"'
     return f"{score.line()}\n{'pictures':<11}  {sheet}      next: {following}"

@@ -30,6 +30,7 @@ from ldm.data.cache import CacheFolder, Chunks, ChunkWriter, Members, chosen, fa
 from ldm.data.cached import NULL, CacheFacts
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.makers import Part
+from ldm.data.sources import SvgEmojiDataModule
 from ldm.errors import InputError
 from ldm.training import starting
 from ldm.training.assembly import build_stages
@@ -118,6 +119,9 @@ def cache(out: str | Path, overrides: Sequence[str], options: CacheOptions) -> I
     if cfg.get("conditioner") is None:
         raise InputError("experiment", "trains no denoiser on latents", "give a recipe of stage 2")
     data: ShardDataModule = build(cfg.data)
+    if isinstance(data, SvgEmojiDataModule):
+        what = "puts another background behind a picture each time, and a cache holds one"
+        raise InputError("data=emoji_svg", what, "cache data=emoji")
     data.setup()
     module = opened(cfg, options.text)
     if module.towers is not None and data.captions.varies:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.evaluation.composition import background_of, evaluate_quickstart, object_of, percent, score_pictures
+from ldm.evaluation.composition import background_of, evaluate_quickstart, objects_of, percent, score_pictures
 
 
 def references(tiny_set, objects=range(12), backgrounds=None):
@@ -59,12 +59,12 @@ def test_background_is_the_median_of_the_border():
 
 def test_object_is_the_least_squared_error():
     references = np.stack([np.full((4, 4, 3), v, np.uint8) for v in (0, 100, 255)])
-    assert [object_of(np.full((4, 4, 3), v, np.uint8), references) for v in (49, 51, 177, 178)] == [
-        0,
-        1,
-        1,
-        2,
-    ]
+    pictures = np.stack([np.full((4, 4, 3), v, np.uint8) for v in (49, 51, 177, 178)])
+    assert objects_of(pictures, references).tolist() == [0, 1, 1, 2]
+    rng = np.random.default_rng(0)
+    references, pictures = (rng.integers(0, 256, (k, 8, 8, 3), np.uint8) for k in (30, 50))
+    errors = ((references[None].astype(int) - pictures[:, None]) ** 2).sum((2, 3, 4))
+    assert objects_of(pictures, references).tolist() == errors.argmin(1).tolist()
 
 
 def test_quickstart_asks_for_each_held_out_pair_once(tiny_set):

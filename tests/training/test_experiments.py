@@ -53,6 +53,9 @@ TINY_STAGE_1 = [  # a recipe of stage 1 on pictures of 16 px
 ]
 
 
+TOYS = ("quickstart", "emoji")  # they bring their pictures, and a report on them
+
+
 def is_stage_1(name):
     return name.startswith("autoencoder_")
 
@@ -66,7 +69,7 @@ def small(small_diffusion):
 
 def given_to(name):
     """What a user has to say beside the name of the recipe."""
-    if name.startswith(("quickstart", "bench")):
+    if name.startswith((*TOYS, "bench")):
         return []
     asked = "required: [init_from]" in (CONFIG_DIR / f"experiment/{name}.yaml").read_text()
     return GIVEN[1:2] if is_stage_1(name) else [*GIVEN[1:], *(["init_from=x"] if asked else [])]
@@ -74,7 +77,7 @@ def given_to(name):
 
 def built(cfg, name, small):
     """The module, on paper where the recipe is too large to build and is not made small here."""
-    if small(name) or name.startswith("quickstart"):
+    if small(name) or name.startswith(TOYS):
         return build_module(cfg)
     return build_module(without_weights(plain(cfg)), device="meta")
 
@@ -94,7 +97,7 @@ def test_every_experiment_composes_and_builds(name, small, tmp_path):
     callbacks, metrics, checkpoints = build_callbacks(cfg, run, stage, None)
     assert callbacks[-1] is checkpoints
     assert metrics in callbacks
-    assert (cfg.report is None) == (not name.startswith("quickstart"))
+    assert (cfg.report is None) == (not name.startswith(TOYS))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -223,6 +226,32 @@ def test_debug_fast_shows_that_the_whole_quickstart_runs(tmp_path):
     for stage in ("autoencoder", "diffusion"):
         assert final(run / stage)["step"] == 2
         assert (run / stage / "samples/step-000000002.png").is_file()
+    assert values(run / "autoencoder", "validation/psnr")
+    assert values(run / "diffusion", "validation/loss")
+    assert (run / "contact_sheet.png").is_file()
+
+
+@pytest.mark.slow
+def test_all_emoji_at_toy_size_on_a_cpu(tmp_path):
+    """The path of the recipe for a GPU, less its size."""
+    size = [
+        "data.num_objects=6",
+        "data.image_size=32",
+        f"data.cache_dir={tmp_path}/data",
+        f"run_root={tmp_path}",
+    ]
+    fewer = ["data.global_batch_size=4", "data.num_workers=1", "data.validation_batch_size=6"]
+    for stage, more in (
+        ("autoencoder", ["module.latent_samples=8"]),
+        (
+            "diffusion",
+            ["backbone.block_out_channels=[32,64]", "conditioner.width=64", "conditioner.layers=1"],
+        ),
+    ):
+        narrow = ["autoencoder.block_out_channels=[16,16]", "autoencoder.norm_groups=8"]
+        argv = [f"experiment=emoji_{stage}", "debug=fast", "trainer=cpu", *size, *fewer, *narrow, *more]
+        assert train.command(argv) == 0
+    run = tmp_path / "debug_fast"
     assert values(run / "autoencoder", "validation/psnr")
     assert values(run / "diffusion", "validation/loss")
     assert (run / "contact_sheet.png").is_file()

@@ -26,7 +26,7 @@ from ldm.training.summary import one_sample, without_weights
 PAGE = (Path(train.__file__).parent / "docs/recipes.md").read_text()
 FOLDER = CONFIG_DIR / "experiment"
 RECIPES = sorted(
-    path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith(("quickstart", "bench"))
+    path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith(("quickstart", "emoji", "bench"))
 )
 STAGED = {"sdxl_base": ["sdxl_base_256", "sdxl_base_512", "sdxl_base_1024"]}
 SINGLE = [name for name in RECIPES if name not in STAGED]

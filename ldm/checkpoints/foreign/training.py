@@ -12,10 +12,8 @@ from typing import Any
 from ldm.checkpoints.foreign.towers import kind
 
 UNKNOWN = "not known"
-DATA = {  # what a data module is besides its settings
-    "EmojiDataModule": "Twemoji graphics (Copyright Twitter, Inc and other contributors, CC-BY 4.0) on plain "
-    "backgrounds",
-}
+TWEMOJI = "Twemoji graphics (Copyright Twitter, Inc and other contributors, CC-BY 4.0) on plain backgrounds"
+DATA = {"EmojiDataModule": TWEMOJI, "SvgEmojiDataModule": TWEMOJI}  # what these are besides their settings
 PLACES = ("shards", "folder", "cache_dir")  # settings of data modules that say where the data is
 
 
